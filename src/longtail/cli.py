@@ -1,0 +1,88 @@
+"""The command `longtail`: what `dvc repro` cannot do by itself. Everything in it calls dvc or the library."""
+
+import argparse
+import fnmatch
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from longtail import params as schema
+
+PIPELINE = "stages/dvc.yaml"
+CELL_STAGES = ("train", "predict", "align", "evaluate")
+
+
+def cells(plan: dict[str, Any]) -> list[str]:
+    """The names `<dataset>-<recipe>-<method>-<seed>` of a plan's cells, in its order."""
+    axes = (plan["datasets"], plan["recipes"], plan["methods"], plan["seeds"])
+    return ["-".join(map(str, cell)) for cell in product(*axes)]
+
+
+def repro(*args: str, env: dict[str, str] | None = None) -> int:
+    """`dvc repro` that waits for the lock: another dvc command at a stage's end must not cost its result."""
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *args]
+    return subprocess.run(command, env=env, check=False).returncode
+
+
+def run_cell(plan: str, cell: str, env: dict[str, str]) -> bool:
+    """Run the stages of one cell; False when one of them failed."""
+    return all(repro("-q", "-s", f"{PIPELINE}:{stage}-{plan}@{cell}", env=env) == 0 for stage in CELL_STAGES)
+
+
+def run(plan: str, only: str, jobs: int) -> int:
+    """Run a plan's cells, `jobs` side by side, then its report. Returns the number of cells that failed."""
+    plans = schema.load()["plans"]
+    if plan not in plans:
+        raise ValueError(f"plan {plan!r} is not in params.yaml; there are {', '.join(plans)}")
+    chosen = [cell for cell in cells(plans[plan]) if fnmatch.fnmatchcase(cell, only)]
+    if not chosen:
+        raise ValueError(f"--only {only!r} matches none of {', '.join(cells(plans[plan]))}")
+    datasets = sorted({cell.split("-")[0] for cell in chosen})
+    if repro("-q", *(f"{PIPELINE}:subsample@{dataset}" for dataset in datasets)):
+        return len(chosen)
+    # threads of two trainings on the same cores wait for each other: each gets its own share
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
+    with ThreadPoolExecutor(jobs) as pool:
+        done = list(pool.map(lambda cell: run_cell(plan, cell, env), chosen))
+    failed = [cell for cell, ok in zip(chosen, done, strict=True) if not ok]
+    if len(failed) < len(chosen):
+        repro("-q", "-s", f"{PIPELINE}:report@{plan}")  # -s: cells that were not chosen stay as they are
+        print(f"table: results/{plan}/table.md\npage:  results/{plan}/report.html")
+    for cell in failed:
+        print(f"failed: {cell} (the stage's message is above)", file=sys.stderr)
+    return len(failed)
+
+
+def main() -> None:
+    """Entry point of `longtail`."""
+    parser = argparse.ArgumentParser(prog="longtail", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("run", help="run a plan's cells side by side on this machine, then its report")
+    one.add_argument("plan", help="a name under `plans` in params.yaml")
+    one.add_argument("--jobs", type=int, default=1, help="cells at a time (default 1, with all cores)")
+    one.add_argument("--only", default="*", help="pattern of <dataset>-<recipe>-<method>-<seed>, e.g. '*-gala-0'")
+    one = commands.add_parser("track", help="mirror the result files into MLflow; twice does nothing more")
+    one.add_argument("plan", nargs="*", help="plans (default: all that have run)")
+    commands.add_parser("check", help="check params.yaml")
+    args = parser.parse_args()
+    if not Path(PIPELINE).exists():
+        sys.exit(f"error: no {PIPELINE} here; run longtail in the root of the repository")
+    try:
+        if args.command == "run":
+            if args.jobs < 1:
+                raise ValueError(f"--jobs {args.jobs}: must be at least 1")
+            sys.exit(min(1, run(args.plan, args.only, args.jobs)))
+        if args.command == "check":
+            schema.load()
+            print("params.yaml fits its schema")
+        if args.command == "track":
+            from longtail import tracking  # two seconds: not for the other commands
+
+            tracking.track(Path.cwd(), args.plan or None)
+    except ValueError as error:
+        sys.exit(f"error: {error}")

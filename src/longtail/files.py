@@ -1,0 +1,123 @@
+"""Files that are either whole or not there, and whose bytes depend on their content alone.
+
+Everything is written to a temporary file in the same folder and moved into place, so that an interrupted
+stage leaves nothing half-written. Text has sorted keys, six decimals and no dates, so that the same results
+give the same bytes and DVC stops a chain whose inputs did not change.
+"""
+
+import csv
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+DECIMALS = 6
+
+
+def write_bytes(path: str | Path, data: bytes) -> Path:
+    """Write `data` to `path` atomically, making its folder where there is none; return the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(
+            temporary, 0o644
+        )  # mkstemp's 0600 would follow the file into git and shared folders
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write UTF-8 text atomically."""
+    return write_bytes(path, text.encode())
+
+
+def rounded(value: Any) -> Any:
+    """`value` as plain Python, floats at six decimals and NaN as None, containers included."""
+    if isinstance(value, Mapping):
+        return {str(key): rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return rounded(value.tolist())
+    if isinstance(value, np.generic):
+        return rounded(value.item())
+    if isinstance(value, float):
+        if np.isnan(value):
+            return None
+        return round(value, DECIMALS) + 0.0  # no negative zero
+    return value
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Write JSON with sorted keys and six decimals.
+
+    Raises ValueError for an infinite number: JSON has none.
+    """
+    text = json.dumps(rounded(value), indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
+    return write_text(path, text + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read JSON; a ValueError names the file when it is none."""
+    try:
+        return json.loads(Path(path).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not a JSON file ({error})") from error
+
+
+def write_csv(path: str | Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> Path:
+    """Write rows with the given columns, in that order; None and NaN become empty cells."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow(
+            {key: "" if value is None else value for key, value in rounded(row).items()}
+        )
+    return write_text(path, text.getvalue())
+
+
+def read_csv(path: str | Path) -> list[dict[str, str]]:
+    """Rows of a CSV file as dictionaries of text."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def save_arrays(path: str | Path, **arrays: np.ndarray) -> Path:
+    """Write arrays to one uncompressed .npz: the same arrays give the same bytes."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **{name: np.asarray(array) for name, array in arrays.items()})  # type: ignore[arg-type]
+    return write_bytes(path, buffer.getvalue())
+
+
+def load_arrays(path: str | Path, *names: str) -> dict[str, np.ndarray]:
+    """Read the named arrays (all of them when none is named) from a .npz file.
+
+    Raises ValueError naming the file when it is no .npz or lacks one of the arrays; FileNotFoundError when
+    there is no such file. Pickled objects are refused.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            missing = sorted(set(names) - set(archive.files))
+            if missing:
+                raise ValueError(
+                    f"{path}: no array {', '.join(map(repr, missing))}; it has {', '.join(sorted(archive.files))}"
+                )
+            return {name: archive[name] for name in names or archive.files}
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        if isinstance(error, ValueError) and str(error).startswith(str(path)):
+            raise
+        raise ValueError(f"{path}: not a readable .npz file of plain arrays ({error})") from error

@@ -1,0 +1,221 @@
+"""Long-tailed training sets cut from balanced ones, and images held out of them.
+
+The exponential profile is that of Cui et al., 'Class-Balanced Loss Based on Effective Number of
+Samples' (CVPR 2019), with the counts of Cao et al., 'Learning Imbalanced Datasets with
+Label-Distribution-Aware Margin Loss' (NeurIPS 2019), whose CIFAR cuts the field compares on. The
+step profile is that of Buda et al., 'A Systematic Study of the Class Imbalance Problem in
+Convolutional Neural Networks' (Neural Networks 2018), again with Cao et al.'s counts. Classes are
+ordered by label: class 0 is the largest.
+
+N examples, C classes; `imbalance_factor` = largest class / smallest class, 1 or more.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+
+# A stream of its own for the held-out draw. Not 0: SeedSequence pads with zeros, so that
+# [seed, class, 0] would be the [seed, class] of subsample.
+HOLD_OUT = 1
+
+
+def _exponential(n_max: int, num_classes: int, ratio: float) -> list[int]:
+    """n_i = int(n_max * ratio ** (i / (C - 1))), ratio = 1 / imbalance_factor (Cui et al.)."""
+    # Python floats in this very order: another order could move int() by one image.
+    return [int(n_max * (ratio ** (i / (num_classes - 1.0)))) for i in range(num_classes)]
+
+
+def _step(n_max: int, num_classes: int, ratio: float) -> list[int]:
+    """The first C // 2 classes have n_max images, the others int(n_max * ratio) (Buda et al.)."""
+    head = num_classes // 2
+    return [n_max] * head + [int(n_max * ratio)] * (num_classes - head)
+
+
+PROFILES: dict[str, Callable[[int, int, float], list[int]]] = {
+    "exponential": _exponential,
+    "step": _step,
+}
+
+
+def class_counts(profile: str, n_max: int, num_classes: int, imbalance_factor: float) -> np.ndarray:
+    """Images of each class, int64 (C,): n_max first, never increasing.
+
+    Raises ValueError for an unknown profile, n_max < 1, num_classes < 2, imbalance_factor < 1, or a
+    factor so large that some class would have no image.
+    """
+    if profile not in PROFILES:
+        raise ValueError(
+            f"profile: {profile!r} is unknown; allowed are {', '.join(sorted(PROFILES))}"
+        )
+    if n_max < 1:
+        raise ValueError(f"n_max: {n_max} is not allowed; allowed is 1 or more")
+    if num_classes < 2:
+        raise ValueError(f"num_classes: {num_classes} is not allowed; allowed is 2 or more")
+    if not 1 <= imbalance_factor < np.inf:
+        raise ValueError(
+            f"imbalance_factor: {imbalance_factor} is not allowed; allowed is 1 or more"
+        )
+    counts = np.array(
+        PROFILES[profile](int(n_max), int(num_classes), 1 / imbalance_factor), np.int64
+    )
+    if counts.min() < 1:
+        raise ValueError(
+            f"imbalance_factor: {imbalance_factor} leaves class {np.flatnonzero(counts < 1)[0]} "
+            f"without an image; allowed is a factor below n_max, the {n_max} of the largest class"
+        )
+    return counts
+
+
+def subsample(
+    labels: np.ndarray, *, profile: str, imbalance_factor: float, seed: int
+) -> np.ndarray:
+    """Rows of a long-tailed subset of `labels` (N,), int64, ascending.
+
+    n_max is the size of the smallest class. Every class has a generator of its own, of which a
+    count takes the first so many rows: a larger imbalance_factor gives a subset of what a smaller
+    one gives with the same seed and profile.
+
+    Raises ValueError as `class_counts` does, and for labels that miss a class or a negative seed.
+    """
+    sizes = _class_sizes(labels, "labels")
+    counts = class_counts(profile, int(sizes.min()), len(sizes), imbalance_factor)
+    drawn = [
+        _generator(seed, label).permutation(np.flatnonzero(labels == label))[:count]
+        for label, count in enumerate(counts)
+    ]
+    return np.sort(np.concatenate(drawn)).astype(np.int64)
+
+
+def hold_out(labels: np.ndarray, *, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split the rows of `labels` (N,) class by class: (train, held out), int64, ascending.
+
+    Of a class of n images round(fraction * n) are held out: at least one where n is 2 or more and
+    the fraction is above 0, and never all. A fraction of 0 holds out nothing.
+
+    Raises ValueError for a fraction outside [0, 1), labels that miss a class or a negative seed.
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"fraction: {fraction} is not allowed; allowed is 0 up to, but not, 1")
+    held_out = np.zeros(len(labels), bool)
+    for label, size in enumerate(_class_sizes(labels, "labels")):
+        count = min(max(round(fraction * int(size)), 1), int(size) - 1) if fraction > 0 else 0
+        rows = _generator(seed, label, HOLD_OUT).permutation(np.flatnonzero(labels == label))
+        held_out[rows[:count]] = True
+    return np.flatnonzero(~held_out).astype(np.int64), np.flatnonzero(held_out).astype(np.int64)
+
+
+def cut(
+    raw: Mapping[str, np.ndarray],
+    *,
+    profile: str,
+    imbalance_factor: float,
+    seed: int,
+    held_out: float,
+) -> Arrays:
+    """The arrays of data/long_tail/<dataset>.npz from those of data/raw/<source>.npz.
+
+    `held_out` is the fraction of each class's training images that is set aside. The `*_rows` are
+    row numbers in the source's train split; the test split is passed on as it is.
+
+    Raises ValueError naming the array, class or setting when the source is not what `sources`
+    promises, its test split is not balanced, or a setting is not allowed.
+    """
+    check_source(raw)
+    rows = subsample(
+        raw["train_labels"], profile=profile, imbalance_factor=imbalance_factor, seed=seed
+    )
+    train, held = hold_out(raw["train_labels"][rows], fraction=held_out, seed=seed)
+    arrays: Arrays = {}
+    for split, split_rows in (("train", rows[train]), ("held_out", rows[held])):
+        arrays[f"{split}_images"] = raw["train_images"][split_rows]
+        arrays[f"{split}_labels"] = raw["train_labels"][split_rows]
+        arrays[f"{split}_rows"] = split_rows
+    return arrays | {name: raw[name] for name in ("test_images", "test_labels", "class_names")}
+
+
+def check_source(raw: Mapping[str, np.ndarray]) -> None:
+    """Raise ValueError naming the array, class or row where `raw` breaks `sources`' promise."""
+    names = ("train_images", "train_labels", "test_images", "test_labels", "class_names")
+    if missing := [name for name in names if name not in raw]:
+        raise ValueError(f"{missing[0]}: not among the arrays; they are {', '.join(sorted(raw))}")
+    class_names = raw["class_names"]
+    if (
+        class_names.ndim != 1
+        or class_names.dtype.kind != "U"
+        or len(set(class_names)) != len(class_names)
+    ):
+        raise ValueError(
+            f"class_names: {_kind(class_names)}; allowed is text of shape (C,), each name once"
+        )
+    for split in ("train", "test"):
+        images, labels = raw[f"{split}_images"], raw[f"{split}_labels"]
+        if images.ndim != 4 or images.dtype != np.uint8:
+            raise ValueError(
+                f"{split}_images: {_kind(images)}; allowed is uint8 of shape (N, H, W, channels)"
+            )
+        if labels.shape != images.shape[:1]:
+            raise ValueError(
+                f"{split}_labels: {_kind(labels)}; there are {len(images)} {split}_images"
+            )
+        _class_sizes(labels, f"{split}_labels", class_names)
+    if raw["train_images"].shape[1:] != raw["test_images"].shape[1:]:
+        raise ValueError(
+            f"test_images: {_kind(raw['test_images'])} do not fit "
+            f"train_images: {_kind(raw['train_images'])}"
+        )
+    sizes = np.bincount(raw["test_labels"])
+    usual = np.bincount(
+        sizes
+    ).argmax()  # the size that most classes have: the odd one out is to blame
+    if odd := [label for label, size in enumerate(sizes) if size != usual]:
+        raise ValueError(
+            f"test_labels: class {odd[0]} ({class_names[odd[0]]}) has {sizes[odd[0]]} images "
+            f"where others have {usual}; the test split must be balanced"
+        )
+
+
+def profile_rows(
+    train_labels: np.ndarray,
+    held_out_labels: np.ndarray,
+    test_labels: np.ndarray,
+    class_names: Sequence[str] | np.ndarray,
+) -> list[dict[str, Any]]:
+    """One row a class, {class, name, train, held_out, test}: the images each split has of it."""
+    splits = {"train": train_labels, "held_out": held_out_labels, "test": test_labels}
+    sizes = {
+        split: np.bincount(labels, minlength=len(class_names)) for split, labels in splits.items()
+    }
+    return [
+        {"class": label, "name": str(name)} | {split: int(sizes[split][label]) for split in splits}
+        for label, name in enumerate(class_names)
+    ]
+
+
+def _class_sizes(labels: np.ndarray, key: str, class_names: np.ndarray | None = None) -> np.ndarray:
+    """Images of each class (C,); ValueError unless labels are int64 (N,), all of 0..C-1 there."""
+    if labels.ndim != 1 or labels.dtype != np.int64 or not len(labels):
+        raise ValueError(f"{key}: {_kind(labels)}; allowed is int64 of shape (N,), N at least 1")
+    num_classes = int(labels.max()) + 1 if class_names is None else len(class_names)
+    if len(wrong := np.flatnonzero((labels < 0) | (labels >= num_classes))):
+        raise ValueError(
+            f"{key}: {labels[wrong[0]]} in row {wrong[0]}; allowed is 0 to {num_classes - 1}"
+        )
+    sizes = np.bincount(labels, minlength=num_classes)
+    if len(empty := np.flatnonzero(sizes == 0)):
+        raise ValueError(
+            f"{key}: class {empty[0]} has no image; every class of 0 to {num_classes - 1} needs one"
+        )
+    return sizes
+
+
+def _kind(array: np.ndarray) -> str:
+    return f"{array.dtype} of shape {array.shape}"
+
+
+def _generator(seed: int, *stream: int) -> np.random.Generator:
+    if seed < 0:
+        raise ValueError(f"seed: {seed} is not allowed; allowed is 0 or more")
+    return np.random.default_rng(np.random.SeedSequence([seed, *stream]))

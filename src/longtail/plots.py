@@ -1,0 +1,257 @@
+"""The pictures of the report: small PNG files without date or program name, the same for the same numbers.
+
+Sizes are in CSS pixels; a picture has twice as many, so that it stays sharp on fine screens and in print.
+The only file that imports matplotlib.
+"""
+
+import base64
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+from PIL import Image
+
+PALETTE = ("#4d4d4d", "#0072b2", "#d55e00", "#009e73", "#aa4499", "#b08800", "#56b4e9", "#882255")
+STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.edgecolor": "#888888",
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "text.color": "#1a1a1a",
+    "axes.labelcolor": "#1a1a1a",
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "text.parse_math": False,  # a dollar sign in a class name is a dollar sign
+}
+WIDTH, HEIGHT = 420, 300
+PIXELS = 96  # CSS pixels in an inch
+MANY_CLASSES = 30  # from here on, classes are summed up by neighbours
+NEIGHBOURS = 10
+PALETTE_SIZE = 64  # a chart needs no more colours, and the page is a quarter of the size
+
+Row = Mapping[str, Any]
+
+
+class Figure(NamedTuple):
+    """A picture for a page: `uri` is a data URI, width and height are CSS pixels."""
+
+    uri: str
+    width: int
+    height: int
+    alt: str
+    caption: str
+
+
+def colours(methods: Sequence[str]) -> dict[str, str]:
+    """One colour a method, by its place in the plan."""
+    return {method: PALETTE[i % len(PALETTE)] for i, method in enumerate(methods)}
+
+
+@contextmanager
+def axes(width: int = WIDTH, height: int = HEIGHT) -> Iterator[Axes]:
+    """Axes of a new picture in the report's style, whatever the reader's own matplotlib settings."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        canvas = Canvas(figsize=(width / PIXELS, height / PIXELS), layout="constrained")
+        yield canvas.add_subplot()
+
+
+def picture(axis: Axes, alt: str, caption: str) -> Figure:
+    """The finished picture; call it inside `with axes()`."""
+    canvas = axis.get_figure()
+    assert isinstance(canvas, Canvas)
+    drawn, packed = io.BytesIO(), io.BytesIO()
+    canvas.savefig(drawn, format="png", dpi=2 * PIXELS, metadata={"Software": None})
+    Image.open(drawn).convert("RGB").quantize(PALETTE_SIZE).save(packed, "PNG", optimize=True)
+    width, height = (round(inches * PIXELS) for inches in canvas.get_size_inches())
+    data = base64.b64encode(packed.getvalue()).decode()
+    return Figure(f"data:image/png;base64,{data}", width, height, alt, caption)
+
+
+def class_profile(rows: Sequence[Row], *, dataset: str) -> Figure:
+    """Training images of each class, largest first."""
+    ranked = sorted(rows, key=lambda row: -row["train_images"])
+    counts = [row["train_images"] for row in ranked]
+    with axes() as axis:
+        axis.bar(range(len(counts)), counts, width=0.86 if len(counts) < MANY_CLASSES else 1.0, color="#7d93a8")
+        axis.set(title="Training images of each class", ylabel="training images")
+        axis.grid(axis="x", visible=False)
+        if len(counts) < MANY_CLASSES:
+            short = [name if len(name) < 12 else name[:11] + "…" for name in (r["name"] for r in ranked)]
+            axis.set_xticks(range(len(counts)), short,
+                            rotation=45 if max(map(len, short)) > 3 else 0)  # fmt: skip
+            for place, count in enumerate(counts):
+                axis.annotate(f"{count:,}", (place, count), (0, 2), textcoords="offset points", ha="center",
+                              fontsize=7.5)  # fmt: skip
+        else:
+            axis.set_xlabel("classes, largest first")
+            for place in (0, len(counts) - 1):
+                axis.annotate(f"{counts[place]:,}", (place, counts[place]), (0, 2), ha="center",
+                              textcoords="offset points", fontsize=8)  # fmt: skip
+        ratio = f", ratio {counts[0] / counts[-1]:.3g}" if counts[-1] else ""
+        alt = (
+            f"Bar chart of the training images of the {len(counts)} classes of {dataset}: from {counts[0]} "
+            f"down to {counts[-1]}{ratio}, {sum(counts)} in all."
+        )
+        return picture(axis, alt, f"{sum(counts):,} training images in {len(counts)} classes{ratio}.")
+
+
+def neighbours(rows: Sequence[Row], column: str) -> tuple[list[float], list[float]]:
+    """(training images, percent) from the smallest class up, as means over equal runs of classes if many."""
+    ranked = sorted((row for row in rows if row[column] is not None), key=lambda row: row["train_images"])
+    parts = len(ranked) if len(ranked) < MANY_CLASSES else NEIGHBOURS
+    edges = [round(i * len(ranked) / parts) for i in range(parts + 1)] if parts else [0]
+    groups = [ranked[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return (
+        [math.exp(mean([math.log(max(row["train_images"], 1)) for row in group])) for group in groups],
+        [100 * mean([row[column] for row in group]) for group in groups],
+    )
+
+
+def by_class(
+    rows: Sequence[Row],
+    baseline: Sequence[Row],
+    *,
+    lowest: float,
+    recipe: str,
+    names: Mapping[str, str],
+    colours: Mapping[str, str],
+) -> Figure:
+    """Test accuracy of each class against its training images, raw and aligned, with raw `baseline` behind.
+
+    The axis begins below `lowest` (a fraction), so that the pictures of a data set can share it.
+    """
+    method = rows[0]["method"]
+    colour = colours[method]
+    crowd = len(rows) >= MANY_CLASSES
+    with axes() as axis:
+        if baseline:
+            axis.plot(*neighbours(baseline, "raw"), color="#9a9a9a", linewidth=1.2, linestyle=(0, (2, 2)),
+                      label=f"{names[baseline[0]['method']]}, raw")  # fmt: skip
+        for column, fill, line in (("raw", "white", (0, (5, 2))), ("aligned", colour, "-")):
+            if crowd:
+                known = [row for row in rows if row[column] is not None]
+                axis.scatter([max(row["train_images"], 1) for row in known],
+                             [100 * row[column] for row in known], s=7, alpha=0.4, linewidths=0.6,
+                             facecolors=fill, edgecolors=colour)  # fmt: skip
+            label = column if column == "raw" else f"aligned on {rows[0]['aligned_on'].replace('_', '-')}"
+            axis.plot(*neighbours(rows, column), color=colour, linestyle=line, linewidth=1.6, marker="o",
+                      markersize=4.5, markerfacecolor=fill, label=label)  # fmt: skip
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set(title=names[method], xlabel="training images of the class", ylabel="test accuracy (%)",
+                 ylim=(max(10 * math.floor(10 * lowest), 0) - 3, 103))  # fmt: skip
+        axis.legend(loc="lower right")
+        few, many = ends(rows, "raw"), ends(rows, "aligned")
+        alt = (
+            f"Accuracy of each class against its training images, {names[method]}, recipe {recipe}: over the "
+            f"third of classes with fewest images {few[0]:.0f} % raw and {many[0]:.0f} % aligned, over the "
+            f"third with most {few[1]:.0f} % raw and {many[1]:.0f} % aligned."
+        )
+        caption = "Accuracy by class" + (f", lines are means of {NEIGHBOURS} groups of classes" if crowd else "")
+        seeds = "1 seed" if rows[0]["n"] == 1 else f"mean over {rows[0]['n']} seeds"
+        return picture(axis, alt, f"{caption}; {seeds}, recipe {recipe}.")
+
+
+def ends(rows: Sequence[Row], column: str) -> tuple[float, float]:
+    """Mean percent of the third of classes with the fewest and with the most training images."""
+    ranked = sorted((row for row in rows if row[column] is not None), key=lambda row: row["train_images"])
+    third = max(len(ranked) // 3, 1)
+    low, high = ([100 * row[column] for row in part] for part in (ranked[:third], ranked[-third:]))
+    return mean(low), mean(high)
+
+
+def curves(
+    rows: Sequence[Row],
+    measure: str,
+    *,
+    recipe: str,
+    names: Mapping[str, str],
+    colours: Mapping[str, str],
+) -> Figure:
+    """`loss` or `held_out_accuracy` by epoch: the mean over seeds, with the range of the seeds as a band."""
+    percent = measure != "loss"
+    scale = 100 if percent else 1
+    title = "Held-out accuracy" if percent else "Training loss"
+    ends = []
+    with axes() as axis:
+        for method in dict.fromkeys(row["method"] for row in rows):
+            values: dict[int, list[float]] = {}
+            for row in rows:
+                if row["method"] == method and row[measure] is not None:
+                    values.setdefault(row["epoch"], []).append(scale * row[measure])
+            if not values:
+                continue
+            epochs = sorted(values)
+            middle = [mean(values[epoch]) for epoch in epochs]
+            axis.plot(epochs, middle, color=colours[method], linewidth=1.5, label=names[method],
+                      marker="o" if len(epochs) == 1 else None)  # fmt: skip
+            axis.fill_between(epochs, [min(values[e]) for e in epochs], [max(values[e]) for e in epochs],
+                              color=colours[method], alpha=0.18, linewidth=0)  # fmt: skip
+            ends.append(f"{names[method]} {middle[-1]:.{1 if percent else 2}f}{' %' if percent else ''}")
+        axis.set(title=title, xlabel="epoch", ylabel="accuracy (%)" if percent else "loss (nats)")
+        axis.legend(loc="lower right" if percent else "upper right")
+        caption = "Mean over seeds, band from the lowest to the highest" + (
+            "." if percent else "; each method has its own loss, so levels do not compare."
+        )
+        alt = f"{title} by epoch, recipe {recipe}; at the last epoch {', '.join(ends)}."
+        return picture(axis, alt, f"{caption} Recipe {recipe}.")
+
+
+def forest(
+    rows: Sequence[Row], *, recipe: str, names: Mapping[str, str], colours: Mapping[str, str]
+) -> Figure:
+    """Accuracy of every method and correction: a dot a seed, mean and standard deviation, published value."""
+    labels = []
+    said = []
+    with axes(WIDTH * 2 + 16, 90 + 26 * len(rows)) as axis:
+        for place, row in enumerate(rows):
+            colour = colours[row["method"]]
+            raw = row["correction"] == "raw"
+            what = row["correction"].replace("aligned_on_", "aligned on ").replace("held_out", "held-out")
+            labels.append(names[row["method"]] if raw else what)
+            if row["n"]:
+                mean_, sd = 100 * row["accuracy_mean"], row["accuracy_sd"]
+                if sd is not None:
+                    axis.plot([mean_ - 100 * sd, mean_ + 100 * sd], [place] * 2, color=colour, linewidth=5,
+                              alpha=0.3, solid_capstyle="butt")  # fmt: skip
+                axis.plot([mean_] * 2, [place - 0.3, place + 0.3], color=colour, linewidth=2.2)
+                axis.scatter([100 * value for value in row["accuracies"]], [place] * row["n"], s=20, zorder=3,
+                             facecolors=colour if raw else "white", edgecolors=colour, linewidths=1.1)  # fmt: skip
+                said.append(f"{names[row['method']]} {'' if raw else what + ' '}{mean_:.1f} %")
+            if row["published"] is not None:
+                axis.scatter([100 * row["published"]], [place], marker="D", s=34, zorder=4, facecolors="none",
+                             edgecolors="black", linewidths=1.2)  # fmt: skip
+                said.append(f"published {100 * row['published']:.1f} %")
+        axis.set_yticks(range(len(rows)), labels)
+        axis.set(title=f"Test accuracy, recipe {recipe}", xlabel="test accuracy (%)",
+                 ylim=(len(rows) - 0.4, -0.6))  # fmt: skip
+        axis.grid(axis="y", visible=False)
+        for label, row in zip(axis.get_yticklabels(), rows, strict=True):
+            label.set_color("#1a1a1a" if row["correction"] == "raw" else "#666666")
+        caption = "Dot: one seed (hollow: aligned). Tick and bar: mean ± standard deviation." + (
+            " Diamond: published." if any(row["published"] is not None for row in rows) else ""
+        )
+        return picture(axis, f"Test accuracy, recipe {recipe}: {', '.join(said)}.", caption)
+
+
+def mean(values: Sequence[float]) -> float:
+    """Arithmetic mean; not a number when there is nothing."""
+    return sum(values) / len(values) if values else math.nan

@@ -1,0 +1,124 @@
+"""What every stage script starts with: its flags, the params that it declares, and a guard.
+
+DVC records code and params as they are when a stage ENDS. A file edited while a stage runs would be recorded as the one
+that made the result; the guard compares both ends and fails the stage, so that nothing is recorded.
+"""
+
+import argparse
+import hashlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import yaml
+
+from longtail import params as schema
+from longtail.live import fingerprint
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage as DVC has it, with the facts that determine its result.
+
+    Attributes:
+        name: as in dvc.yaml, after the colon.
+        cmd: its command.
+        deps: paths of its dependencies.
+        keys: what it declares of params.yaml.
+    """
+
+    name: str
+    cmd: str
+    deps: list[str]
+    keys: list[str]
+
+    def facts(self) -> tuple[str, dict[str, Any]]:
+        """The fingerprint of (command, dependencies' content, declared params), and those params."""
+        params = pick(yaml.safe_load(Path("params.yaml").read_text()), self.keys)
+        return fingerprint(self.cmd, [(dep, md5(dep)) for dep in self.deps], params), params
+
+
+def pick(values: dict[str, Any], keys: list[str]) -> dict[str, Any]:
+    """The dotted keys of nested `values`, as {key: value}; KeyError names one that is not there."""
+    picked = {}
+    for key in keys:
+        value: Any = values
+        for part in key.split("."):
+            if not isinstance(value, dict) or part not in value:
+                raise KeyError(f"params.yaml has no {key}")
+            value = value[part]
+        picked[key] = value
+    return picked
+
+
+def md5(path: str | Path) -> str:
+    """The MD5 of a file as DVC has it; of a folder, one over its files' names and MD5s (the guard's own)."""
+    path = Path(path)
+    if path.is_dir():
+        lines = [
+            f"{file.relative_to(path)} {md5(file)}"
+            for file in sorted(path.rglob("*"))
+            if file.is_file()
+        ]
+        return hashlib.md5("\n".join(lines).encode()).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
+
+
+def declared() -> Stage:
+    """The stage that DVC is running (it says so in DVC_STAGE).
+
+    Raises SystemExit when no `dvc repro` runs this.
+    """
+    address = os.environ.get("DVC_STAGE")
+    if not address:
+        sys.exit(
+            f"{sys.argv[0]} is a stage of the pipeline: run it with `dvc repro`, see README.md"
+        )
+    from dvc.repo import Repo  # half a second: only where a stage really runs
+
+    with Repo() as repo:
+        stage = repo.stage.collect(address)[0]
+        folder = Path(stage.wdir)
+        keys = [key for dep in stage.deps if hasattr(dep, "params") for key in dep.params]
+        deps = [
+            Path(dep.fs_path).relative_to(folder).as_posix()
+            for dep in stage.deps
+            if not hasattr(dep, "params")
+        ]
+        return Stage(stage.name, stage.cmd, sorted(deps), sorted(keys))
+
+
+@contextmanager
+def run(*flags: str) -> Iterator[tuple[SimpleNamespace, dict[str, Any]]]:
+    """Check params.yaml, then give the stage its flags and the params that it declares.
+
+    `flags` are the names of the command's `--flags`, each with one value. The namespace has them as attributes, and
+    `stage` (its name) and `fingerprint` beside them. Exits with a message when params.yaml is wrong, when the work
+    raises ValueError, KeyError, FloatingPointError or OSError (bad input is no reason for a traceback), and when code,
+    data or params changed while the stage ran.
+    """
+    parser = argparse.ArgumentParser()
+    for flag in flags:
+        parser.add_argument(f"--{flag}", required=True)
+    args = SimpleNamespace(**vars(parser.parse_args()))
+    try:
+        schema.load()
+        stage = declared()
+        args.stage = stage.name
+        args.fingerprint, params = stage.facts()
+        yield args, params
+        if stage.facts()[0] != args.fingerprint:
+            sys.exit(
+                f"{stage.name}: its code, data or params were edited while it ran, so the result belongs to neither "
+                "version and is not recorded; run `dvc repro` again"
+            )
+    except (ValueError, KeyError, FloatingPointError, OSError) as error:
+        if os.environ.get("LONGTAIL_DEBUG"):
+            raise
+        sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")

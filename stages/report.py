@@ -1,0 +1,12 @@
+"""The plan's table, page and plots, with the published values beside ours."""
+
+from longtail import report, stage
+
+with stage.run("plan", "cells", "published", "out") as (args, params):
+    report.write(
+        args.plan,
+        params[f"plans.{args.plan}"],
+        cells_dir=args.cells,
+        published=args.published,
+        out_dir=args.out,
+    )

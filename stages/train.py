@@ -1,0 +1,18 @@
+"""Train one network: one method, one recipe, one seed."""
+
+from longtail import stage, training
+
+with stage.run("data", "plan", "dataset", "recipe", "method", "seed", "model", "history") as (
+    args,
+    params,
+):
+    cell = {name: getattr(args, name) for name in ("plan", "dataset", "recipe", "method", "seed")}
+    training.train(
+        cell,
+        args.fingerprint,
+        data=args.data,
+        recipe=params[f"recipes.{args.recipe}"],
+        method=params[f"methods.{args.method}"],
+        model=args.model,
+        history=args.history,
+    )

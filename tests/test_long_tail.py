@@ -1,0 +1,279 @@
+"""The long-tailed cut: the field's counts, nested draws, disjoint splits, and sources that are refused."""
+
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longtail import long_tail
+
+PROFILES = st.sampled_from(["exponential", "step"])
+BALANCED = np.repeat(np.arange(5), 60)
+
+
+def slow_counts(profile: str, n_max: int, num_classes: int, imbalance_factor: float) -> list[int]:
+    """The papers' words, class by class."""
+    counts = []
+    for i in range(num_classes):
+        if profile == "exponential":
+            share = (1 / imbalance_factor) ** (i / (num_classes - 1))
+        else:
+            share = 1.0 if i + 1 <= num_classes / 2 else 1 / imbalance_factor
+        counts.append(int(n_max * share))
+    return counts
+
+
+def make_raw(**changes: Any) -> dict[str, np.ndarray]:
+    """A balanced source of 5 classes x 60 images, every image of its own colour; 4 test images each."""
+    numbers = np.arange(300, dtype=np.uint16)
+    images = np.zeros((300, 2, 2, 3), np.uint8)
+    images[..., 0], images[..., 1] = (numbers % 256)[:, None, None], (numbers // 256)[:, None, None]
+    raw = {
+        "train_images": images,
+        "train_labels": BALANCED,
+        "test_images": images[:20],
+        "test_labels": np.repeat(np.arange(5), 4),
+        "class_names": np.array(["a", "b", "c", "d", "e"]),
+    }
+    return raw | changes
+
+
+# Counts
+
+
+@pytest.mark.parametrize(
+    ("n_max", "num_classes", "imbalance_factor", "total", "smallest"),
+    [
+        (500, 100, 200, 9_502, 2),
+        (500, 100, 100, 10_847, 5),
+        (500, 100, 50, 12_608, 10),
+        (500, 100, 10, 19_573, 50),
+        (500, 100, 1, 50_000, 500),
+        (5000, 10, 100, 12_406, 50),
+        (5000, 10, 10, 20_431, 500),
+    ],
+)
+def test_exponential_totals_are_those_the_field_reports(
+    n_max: int, num_classes: int, imbalance_factor: int, total: int, smallest: int
+) -> None:
+    counts = long_tail.class_counts("exponential", n_max, num_classes, imbalance_factor)
+    assert counts.dtype == np.int64
+    assert (counts.sum(), counts.max(), counts.min()) == (total, n_max, smallest)
+
+
+def test_step_keeps_the_first_half() -> None:
+    assert long_tail.class_counts("step", 500, 4, 100).tolist() == [500, 500, 5, 5]
+    assert long_tail.class_counts("step", 500, 5, 100).tolist() == [500, 500, 5, 5, 5]
+
+
+@given(PROFILES, st.integers(1, 6000), st.integers(2, 200), st.floats(1, 1000))
+def test_counts_equal_the_slow_ones_and_never_increase(
+    profile: str, n_max: int, num_classes: int, imbalance_factor: float
+) -> None:
+    expected = slow_counts(profile, n_max, num_classes, imbalance_factor)
+    if min(expected) < 1:
+        with pytest.raises(ValueError, match="imbalance_factor: .* without an image"):
+            long_tail.class_counts(profile, n_max, num_classes, imbalance_factor)
+        return
+    counts = long_tail.class_counts(profile, n_max, num_classes, imbalance_factor)
+    assert counts.tolist() == expected
+    assert counts[0] == n_max and (np.diff(counts) <= 0).all()
+
+
+@given(PROFILES, st.integers(1, 6000), st.integers(2, 200))
+def test_a_factor_of_one_is_balanced(profile: str, n_max: int, num_classes: int) -> None:
+    assert set(long_tail.class_counts(profile, n_max, num_classes, 1)) == {n_max}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("linear", 500, 10, 100), "profile: 'linear' is unknown; allowed are exponential, step"),
+        (("step", 0, 10, 1), "n_max: 0 .*1 or more"),
+        (("step", 500, 1, 100), "num_classes: 1 .*2 or more"),
+        (("step", 500, 10, 0.01), "imbalance_factor: 0.01 .*1 or more"),
+        (("step", 500, 10, float("nan")), "imbalance_factor: nan"),
+        (("step", 500, 10, float("inf")), "imbalance_factor: inf"),
+        (("exponential", 50, 10, 100), "100 leaves class 8 without an image.*below n_max, the 50"),
+    ],
+)
+def test_bad_profiles_are_refused(arguments: tuple[str, int, int, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        long_tail.class_counts(*arguments)
+
+
+# Subsampling
+
+
+@given(PROFILES, st.floats(1, 30), st.integers(0, 2**32))
+def test_subsample_draws_the_counts_without_repeats(
+    profile: str, imbalance_factor: float, seed: int
+) -> None:
+    labels = np.random.default_rng(0).permutation(BALANCED)  # rows need not be sorted by class
+    rows = long_tail.subsample(
+        labels, profile=profile, imbalance_factor=imbalance_factor, seed=seed
+    )
+    assert rows.dtype == np.int64 and (np.diff(rows) > 0).all()
+    expected = long_tail.class_counts(profile, 60, 5, imbalance_factor)
+    assert np.bincount(labels[rows]).tolist() == expected.tolist()
+
+
+@given(PROFILES, st.floats(1, 30), st.floats(1, 30), st.integers(0, 9))
+def test_a_larger_factor_takes_a_subset(profile: str, one: float, other: float, seed: int) -> None:
+    small, large = (
+        set(long_tail.subsample(BALANCED, profile=profile, imbalance_factor=factor, seed=seed))
+        for factor in (min(one, other), max(one, other))
+    )
+    assert large <= small
+
+
+def test_seeds_draw_anew_and_the_smallest_class_sets_n_max() -> None:
+    labels = np.repeat(np.arange(3), [90, 40, 70])
+    draws = [
+        long_tail.subsample(labels, profile="step", imbalance_factor=4, seed=seed)
+        for seed in (0, 0, 1)
+    ]
+    assert np.bincount(labels[draws[0]]).tolist() == [40, 10, 10]
+    assert draws[0].tolist() == draws[1].tolist() != draws[2].tolist()
+
+
+def test_another_class_does_not_change_a_draw() -> None:
+    more = np.concatenate([BALANCED, np.full(60, 5)])
+    settings = {"profile": "step", "imbalance_factor": 1.0, "seed": 3}
+    few = long_tail.subsample(np.append(BALANCED, [0] * 9), **settings)  # type: ignore[arg-type]
+    many = long_tail.subsample(np.append(more, [0] * 9), **settings)  # type: ignore[arg-type]
+    assert few[(few >= 60) & (few < 300)].tolist() == many[(many >= 60) & (many < 300)].tolist()
+
+
+# Holding out
+
+
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    st.floats(0, 1, exclude_max=True),
+    st.integers(0, 9),
+)
+def test_hold_out_is_a_split_class_by_class(sizes: list[int], fraction: float, seed: int) -> None:
+    labels = np.random.default_rng(1).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    train, held = long_tail.hold_out(labels, fraction=fraction, seed=seed)
+    assert train.dtype == held.dtype == np.int64
+    assert sorted([*train, *held]) == list(range(len(labels)))  # all rows, none twice
+    assert (np.diff(train) > 0).all() and (np.diff(held) > 0).all()
+    for label, size in enumerate(sizes):
+        count = int((labels[held] == label).sum())
+        exact = Fraction(fraction) * size
+        if fraction == 0 or size == 1:
+            assert count == 0
+        else:
+            assert 1 <= count < size
+            assert abs(count - exact) <= Fraction(1, 2) or count in (1, size - 1)
+
+
+def test_hold_out_hangs_on_its_seed_and_not_on_the_draw_of_subsample() -> None:
+    first, again, other = (
+        long_tail.hold_out(BALANCED, fraction=0.5, seed=seed)[1].tolist() for seed in (0, 0, 1)
+    )
+    assert first == again != other
+    drawn = long_tail.subsample(BALANCED, profile="step", imbalance_factor=2, seed=0)
+    tail = [row for row in first if row >= 120]  # classes of which subsample drew half as well
+    assert tail != [row for row in drawn.tolist() if row >= 120]
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1, 1.5, float("nan")])
+def test_fractions_are_below_one(fraction: float) -> None:
+    with pytest.raises(ValueError, match="fraction: .* allowed is 0 up to"):
+        long_tail.hold_out(BALANCED, fraction=fraction, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.array([0, 2, 2]), "labels: class 1 has no image"),
+        (np.array([0, -1, 1]), "labels: -1 in row 1"),
+        (np.array([0.0, 1.0]), r"labels: float64 of shape \(2,\); allowed is int64"),
+        (np.zeros((2, 2), np.int64), r"labels: int64 of shape \(2, 2\)"),
+        (np.zeros(0, np.int64), r"labels: int64 of shape \(0,\)"),
+    ],
+)
+def test_bad_labels_are_refused(labels: np.ndarray, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        long_tail.subsample(labels, profile="step", imbalance_factor=1, seed=0)
+    with pytest.raises(ValueError, match=message):
+        long_tail.hold_out(labels, fraction=0.5, seed=0)
+
+
+def test_seeds_are_not_negative() -> None:
+    with pytest.raises(ValueError, match="seed: -1 .* 0 or more"):
+        long_tail.subsample(BALANCED, profile="step", imbalance_factor=1, seed=-1)
+
+
+# The cut
+
+
+def test_cut_takes_the_rows_it_names() -> None:
+    raw = make_raw()
+    arrays = long_tail.cut(raw, profile="exponential", imbalance_factor=10, seed=0, held_out=0.2)
+    for split in ("train", "held_out"):
+        rows = arrays[f"{split}_rows"]
+        assert (arrays[f"{split}_images"] == raw["train_images"][rows]).all()
+        assert (arrays[f"{split}_labels"] == raw["train_labels"][rows]).all()
+    assert not set(arrays["train_rows"]) & set(arrays["held_out_rows"])
+    both = np.concatenate([arrays["train_labels"], arrays["held_out_labels"]])
+    assert np.bincount(both).tolist() == slow_counts("exponential", 60, 5, 10)
+    assert np.bincount(arrays["held_out_labels"]).tolist() == [12, 7, 4, 2, 1]
+    for name in ("test_images", "test_labels", "class_names"):
+        assert (arrays[name] == raw[name]).all()
+
+
+def test_cut_without_a_held_out_set_keeps_its_arrays_empty() -> None:
+    arrays = long_tail.cut(make_raw(), profile="step", imbalance_factor=6, seed=0, held_out=0)
+    assert arrays["held_out_images"].shape == (0, 2, 2, 3)
+    assert arrays["held_out_images"].dtype == np.uint8
+    assert arrays["held_out_labels"].shape == arrays["held_out_rows"].shape == (0,)
+    assert arrays["held_out_labels"].dtype == arrays["held_out_rows"].dtype == np.int64
+
+
+RAW = make_raw()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_images": RAW["train_images"].astype(float)}, "train_images: float64"),
+        ({"train_images": RAW["train_images"][..., 0]}, r"train_images: .*\(N, H, W, channels\)"),
+        ({"train_images": RAW["train_images"][1:]}, "train_labels: .*there are 299 train_images"),
+        ({"test_images": RAW["test_images"][:, :1]}, "test_images: .* do not fit train_images"),
+        ({"train_labels": BALANCED.astype(np.int32)}, "train_labels: int32"),
+        ({"train_labels": np.where(BALANCED == 2, 5, BALANCED)}, "train_labels: 5 in row 120"),
+        ({"train_labels": np.where(BALANCED == 2, 1, BALANCED)}, "train_labels: class 2 has no im"),
+        ({"test_labels": np.repeat([0, 1, 2, 3], 5)}, "test_labels: class 4 has no image"),
+        ({"test_labels": np.repeat(np.arange(5), [4, 4, 4, 3, 5])}, r"class 3 \(d\) has 3 images"),
+        ({"class_names": np.array(["a", "b", "c", "d", "a"])}, "class_names: .* each name once"),
+        ({"class_names": np.array(list("abcde"), object)}, "class_names: object"),
+        ({"class_names": np.array(list("abcd"))}, "train_labels: 4 in row 240; allowed is 0 to 3"),
+    ],
+)
+def test_bad_sources_are_refused(changes: dict[str, np.ndarray], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        long_tail.cut(make_raw(**changes), profile="step", imbalance_factor=1, seed=0, held_out=0)
+
+
+def test_a_missing_array_is_named() -> None:
+    raw = make_raw()
+    del raw["test_labels"]
+    with pytest.raises(ValueError, match="test_labels: not among the arrays; they are class_names"):
+        long_tail.cut(raw, profile="step", imbalance_factor=1, seed=0, held_out=0)
+
+
+def test_profile_rows_count_every_split() -> None:
+    rows = long_tail.profile_rows(
+        np.array([0, 0, 1]), np.zeros(0, np.int64), np.array([0, 1, 2]), np.array(["a", "b", "c"])
+    )
+    assert rows == [
+        {"class": 0, "name": "a", "train": 2, "held_out": 0, "test": 1},
+        {"class": 1, "name": "b", "train": 1, "held_out": 0, "test": 1},
+        {"class": 2, "name": "c", "train": 0, "held_out": 0, "test": 1},
+    ]
