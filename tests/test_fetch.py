@@ -150,6 +150,24 @@ def test_without_a_network_the_error_says_what_to_do(tmp_path: Path) -> None:
     assert all(text in message for text in (url, "LONGTAIL_MIRROR", str(tmp_path / "archive")))
 
 
+def test_another_range_than_asked_for_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "archive.part").write_bytes(DATA[:1000])
+    with serve(DATA) as server:
+        server.RequestHandlerClass = OtherRange
+        with pytest.raises(fetch.DownloadError, match="not the range asked for: bytes 0-9/10"):
+            fetch.download(server.url, tmp_path / "archive", MD5, progress=False)
+    assert (tmp_path / "archive.part").read_bytes() == DATA[:1000]
+
+
+class OtherRange(Handler):
+    def do_GET(self) -> None:
+        self.send_response(206)
+        self.send_header("Content-Range", "bytes 0-9/10")
+        self.send_header("Content-Length", "10")
+        self.end_headers()
+        self.wfile.write(bytes(10))
+
+
 def test_a_missing_page_is_an_error_with_its_status(tmp_path: Path) -> None:
     (tmp_path / "archive.part").write_bytes(b"")
     with serve(b"") as server:

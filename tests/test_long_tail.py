@@ -1,4 +1,4 @@
-"""The long-tailed cut: the field's counts, nested draws, disjoint splits, and sources that are refused."""
+"""The long-tailed cut: the field's counts, nested draws, disjoint splits, sources refused."""
 
 from fractions import Fraction
 from typing import Any
@@ -27,11 +27,11 @@ def slow_counts(profile: str, n_max: int, num_classes: int, imbalance_factor: fl
 
 
 def make_raw(**changes: Any) -> dict[str, np.ndarray]:
-    """A balanced source of 5 classes x 60 images, every image of its own colour; 4 test images each."""
+    """A balanced source: 5 classes x 60 images, each of its own colour; 4 test images a class."""
     numbers = np.arange(300, dtype=np.uint16)
     images = np.zeros((300, 2, 2, 3), np.uint8)
     images[..., 0], images[..., 1] = (numbers % 256)[:, None, None], (numbers // 256)[:, None, None]
-    raw = {
+    raw: dict[str, np.ndarray] = {
         "train_images": images,
         "train_labels": BALANCED,
         "test_images": images[:20],
@@ -75,7 +75,7 @@ def test_counts_equal_the_slow_ones_and_never_increase(
 ) -> None:
     expected = slow_counts(profile, n_max, num_classes, imbalance_factor)
     if min(expected) < 1:
-        with pytest.raises(ValueError, match="imbalance_factor: .* without an image"):
+        with pytest.raises(ValueError, match=r"imbalance_factor: .* without an image"):
             long_tail.class_counts(profile, n_max, num_classes, imbalance_factor)
         return
     counts = long_tail.class_counts(profile, n_max, num_classes, imbalance_factor)
@@ -109,13 +109,9 @@ def test_bad_profiles_are_refused(arguments: tuple[str, int, int, float], messag
 
 
 @given(PROFILES, st.floats(1, 30), st.integers(0, 2**32))
-def test_subsample_draws_the_counts_without_repeats(
-    profile: str, imbalance_factor: float, seed: int
-) -> None:
+def test_subsample_draws_the_counts_without_repeats(profile: str, imbalance_factor: float, seed: int) -> None:
     labels = np.random.default_rng(0).permutation(BALANCED)  # rows need not be sorted by class
-    rows = long_tail.subsample(
-        labels, profile=profile, imbalance_factor=imbalance_factor, seed=seed
-    )
+    rows = long_tail.subsample(labels, profile=profile, imbalance_factor=imbalance_factor, seed=seed)
     assert rows.dtype == np.int64 and (np.diff(rows) > 0).all()
     expected = long_tail.class_counts(profile, 60, 5, imbalance_factor)
     assert np.bincount(labels[rows]).tolist() == expected.tolist()
@@ -132,12 +128,18 @@ def test_a_larger_factor_takes_a_subset(profile: str, one: float, other: float, 
 
 def test_seeds_draw_anew_and_the_smallest_class_sets_n_max() -> None:
     labels = np.repeat(np.arange(3), [90, 40, 70])
-    draws = [
-        long_tail.subsample(labels, profile="step", imbalance_factor=4, seed=seed)
-        for seed in (0, 0, 1)
-    ]
+    draws = [long_tail.subsample(labels, profile="step", imbalance_factor=4, seed=seed) for seed in (0, 0, 1)]
     assert np.bincount(labels[draws[0]]).tolist() == [40, 10, 10]
     assert draws[0].tolist() == draws[1].tolist() != draws[2].tolist()
+
+
+def test_classes_of_one_size_draw_apart() -> None:
+    held = long_tail.hold_out(BALANCED, fraction=0.5, seed=0)[1]
+    places = {tuple(row % 60 for row in held if row // 60 == label) for label in range(5)}
+    assert len(places) == 5
+    halves = long_tail.subsample(BALANCED, profile="step", imbalance_factor=2, seed=0)
+    places = {tuple(row % 60 for row in halves if row // 60 == label) for label in (2, 3, 4)}
+    assert len(places) == 3
 
 
 def test_another_class_does_not_change_a_draw() -> None:
@@ -184,7 +186,7 @@ def test_hold_out_hangs_on_its_seed_and_not_on_the_draw_of_subsample() -> None:
 
 @pytest.mark.parametrize("fraction", [-0.1, 1, 1.5, float("nan")])
 def test_fractions_are_below_one(fraction: float) -> None:
-    with pytest.raises(ValueError, match="fraction: .* allowed is 0 up to"):
+    with pytest.raises(ValueError, match=r"fraction: .* allowed is 0 up to"):
         long_tail.hold_out(BALANCED, fraction=fraction, seed=0)
 
 
@@ -206,7 +208,7 @@ def test_bad_labels_are_refused(labels: np.ndarray, message: str) -> None:
 
 
 def test_seeds_are_not_negative() -> None:
-    with pytest.raises(ValueError, match="seed: -1 .* 0 or more"):
+    with pytest.raises(ValueError, match=r"seed: -1 .* 0 or more"):
         long_tail.subsample(BALANCED, profile="step", imbalance_factor=1, seed=-1)
 
 

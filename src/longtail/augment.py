@@ -380,8 +380,8 @@ def _shifted(size: int, fractions: Tensor) -> Tensor:
 def _turned(images: Tensor, degrees: Tensor, *, fill: int) -> Tensor:
     """Turn every image counter-clockwise about its middle, to Pillow's nearest pixel.
 
-    Sine and cosine are taken where `degrees` (B,) lies, the rest is whole numbers: angles on the CPU
-    choose the same pixels on every device.
+    Sine and cosine are taken where `degrees` (B,) lies, the rest is whole numbers: angles on the
+    CPU choose the same pixels on every device.
     """
     height, width = images.shape[2:]
     radians = degrees.double() * (-math.pi / 180)

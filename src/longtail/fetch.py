@@ -40,8 +40,7 @@ def download(url: str, path: str | Path, md5: str, *, progress: bool = True) -> 
     if path.exists():
         if (got := _md5(path)) != md5:
             raise DownloadError(
-                f"{path}: has MD5 {got}, expected {md5} ({url}); "
-                "remove it, or put the right one there"
+                f"{path}: has MD5 {got}, expected {md5} ({url}); remove it, or put the right one there"
             )
         return path
 
@@ -50,9 +49,7 @@ def download(url: str, path: str | Path, md5: str, *, progress: bool = True) -> 
     _gather(url, part, path, progress)
     if (got := _md5(part)) != md5:
         part.unlink()
-        raise DownloadError(
-            f"{url}: MD5 is {got}, expected {md5}; what was downloaded is removed ({part})"
-        )
+        raise DownloadError(f"{url}: MD5 is {got}, expected {md5}; what was downloaded is removed ({part})")
     part.replace(path)
     return path
 
@@ -82,9 +79,7 @@ def _receive(url: str, part: Path, progress: bool) -> bool:
     try:
         response = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
-        if (
-            error.code == 416 and have
-        ):  # nothing after the last byte that we have: the MD5 will tell
+        if error.code == 416 and have:  # nothing after the last byte that we have: the MD5 will tell
             return True
         raise
     with response:
@@ -103,9 +98,7 @@ def _receive(url: str, part: Path, progress: bool) -> bool:
     return total is None or _size(part) == total
 
 
-def _copy(
-    response: IO[bytes], file: IO[bytes], done: int, total: int | None, name: str | None
-) -> None:
+def _copy(response: IO[bytes], file: IO[bytes], done: int, total: int | None, name: str | None) -> None:
     """Copy block by block; a `name` says what to print on stderr at every tenth of `total`."""
     tenth = 10 * done // total if total else 0
     while block := response.read(BLOCK):

@@ -47,20 +47,14 @@ def class_counts(profile: str, n_max: int, num_classes: int, imbalance_factor: f
     factor so large that some class would have no image.
     """
     if profile not in PROFILES:
-        raise ValueError(
-            f"profile: {profile!r} is unknown; allowed are {', '.join(sorted(PROFILES))}"
-        )
+        raise ValueError(f"profile: {profile!r} is unknown; allowed are {', '.join(sorted(PROFILES))}")
     if n_max < 1:
         raise ValueError(f"n_max: {n_max} is not allowed; allowed is 1 or more")
     if num_classes < 2:
         raise ValueError(f"num_classes: {num_classes} is not allowed; allowed is 2 or more")
     if not 1 <= imbalance_factor < np.inf:
-        raise ValueError(
-            f"imbalance_factor: {imbalance_factor} is not allowed; allowed is 1 or more"
-        )
-    counts = np.array(
-        PROFILES[profile](int(n_max), int(num_classes), 1 / imbalance_factor), np.int64
-    )
+        raise ValueError(f"imbalance_factor: {imbalance_factor} is not allowed; allowed is 1 or more")
+    counts = np.array(PROFILES[profile](int(n_max), int(num_classes), 1 / imbalance_factor), np.int64)
     if counts.min() < 1:
         raise ValueError(
             f"imbalance_factor: {imbalance_factor} leaves class {np.flatnonzero(counts < 1)[0]} "
@@ -69,9 +63,7 @@ def class_counts(profile: str, n_max: int, num_classes: int, imbalance_factor: f
     return counts
 
 
-def subsample(
-    labels: np.ndarray, *, profile: str, imbalance_factor: float, seed: int
-) -> np.ndarray:
+def subsample(labels: np.ndarray, *, profile: str, imbalance_factor: float, seed: int) -> np.ndarray:
     """Rows of a long-tailed subset of `labels` (N,), int64, ascending.
 
     n_max is the size of the smallest class. Every class has a generator of its own, of which a
@@ -124,9 +116,7 @@ def cut(
     promises, its test split is not balanced, or a setting is not allowed.
     """
     check_source(raw)
-    rows = subsample(
-        raw["train_labels"], profile=profile, imbalance_factor=imbalance_factor, seed=seed
-    )
+    rows = subsample(raw["train_labels"], profile=profile, imbalance_factor=imbalance_factor, seed=seed)
     train, held = hold_out(raw["train_labels"][rows], fraction=held_out, seed=seed)
     arrays: Arrays = {}
     for split, split_rows in (("train", rows[train]), ("held_out", rows[held])):
@@ -142,14 +132,8 @@ def check_source(raw: Mapping[str, np.ndarray]) -> None:
     if missing := [name for name in names if name not in raw]:
         raise ValueError(f"{missing[0]}: not among the arrays; they are {', '.join(sorted(raw))}")
     class_names = raw["class_names"]
-    if (
-        class_names.ndim != 1
-        or class_names.dtype.kind != "U"
-        or len(set(class_names)) != len(class_names)
-    ):
-        raise ValueError(
-            f"class_names: {_kind(class_names)}; allowed is text of shape (C,), each name once"
-        )
+    if class_names.ndim != 1 or class_names.dtype.kind != "U" or len(set(class_names)) != len(class_names):
+        raise ValueError(f"class_names: {_kind(class_names)}; allowed is text of shape (C,), each name once")
     for split in ("train", "test"):
         images, labels = raw[f"{split}_images"], raw[f"{split}_labels"]
         if images.ndim != 4 or images.dtype != np.uint8:
@@ -157,19 +141,14 @@ def check_source(raw: Mapping[str, np.ndarray]) -> None:
                 f"{split}_images: {_kind(images)}; allowed is uint8 of shape (N, H, W, channels)"
             )
         if labels.shape != images.shape[:1]:
-            raise ValueError(
-                f"{split}_labels: {_kind(labels)}; there are {len(images)} {split}_images"
-            )
+            raise ValueError(f"{split}_labels: {_kind(labels)}; there are {len(images)} {split}_images")
         _class_sizes(labels, f"{split}_labels", class_names)
     if raw["train_images"].shape[1:] != raw["test_images"].shape[1:]:
         raise ValueError(
-            f"test_images: {_kind(raw['test_images'])} do not fit "
-            f"train_images: {_kind(raw['train_images'])}"
+            f"test_images: {_kind(raw['test_images'])} do not fit train_images: {_kind(raw['train_images'])}"
         )
     sizes = np.bincount(raw["test_labels"])
-    usual = np.bincount(
-        sizes
-    ).argmax()  # the size that most classes have: the odd one out is to blame
+    usual = np.bincount(sizes).argmax()  # the size that most classes have: the odd one out is to blame
     if odd := [label for label, size in enumerate(sizes) if size != usual]:
         raise ValueError(
             f"test_labels: class {odd[0]} ({class_names[odd[0]]}) has {sizes[odd[0]]} images "
@@ -185,9 +164,7 @@ def profile_rows(
 ) -> list[dict[str, Any]]:
     """One row a class, {class, name, train, held_out, test}: the images each split has of it."""
     splits = {"train": train_labels, "held_out": held_out_labels, "test": test_labels}
-    sizes = {
-        split: np.bincount(labels, minlength=len(class_names)) for split, labels in splits.items()
-    }
+    sizes = {split: np.bincount(labels, minlength=len(class_names)) for split, labels in splits.items()}
     return [
         {"class": label, "name": str(name)} | {split: int(sizes[split][label]) for split in splits}
         for label, name in enumerate(class_names)
@@ -200,9 +177,7 @@ def _class_sizes(labels: np.ndarray, key: str, class_names: np.ndarray | None = 
         raise ValueError(f"{key}: {_kind(labels)}; allowed is int64 of shape (N,), N at least 1")
     num_classes = int(labels.max()) + 1 if class_names is None else len(class_names)
     if len(wrong := np.flatnonzero((labels < 0) | (labels >= num_classes))):
-        raise ValueError(
-            f"{key}: {labels[wrong[0]]} in row {wrong[0]}; allowed is 0 to {num_classes - 1}"
-        )
+        raise ValueError(f"{key}: {labels[wrong[0]]} in row {wrong[0]}; allowed is 0 to {num_classes - 1}")
     sizes = np.bincount(labels, minlength=num_classes)
     if len(empty := np.flatnonzero(sizes == 0)):
         raise ValueError(

@@ -192,8 +192,11 @@ def _describe(error: Any, where: str) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if kind == "string_pattern_mismatch":
         message = f"must match {context['pattern']}"
+    message = message[0].lower() + message[1:]
+    if isinstance(error["input"], dict):
+        return f"{key}: {message}"
     shown = repr(error["input"])
-    return f"{key} = {shown if len(shown) <= 80 else shown[:77] + '...'}: {message[0].lower() + message[1:]}"
+    return f"{key} = {shown if len(shown) <= 80 else shown[:77] + '...'}: {message}"
 
 
 def _validated(model: type[Block], value: Any, where: str, problems: list[str]) -> Any:

@@ -9,6 +9,7 @@ import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -31,7 +32,8 @@ STYLE: dict[str, Any] = {
     "axes.axisbelow": True,
     "grid.color": "#e4e4e4",
     "grid.linewidth": 0.8,
-    "legend.frameon": False,
+    "legend.framealpha": 0.8,
+    "legend.edgecolor": "none",
     "legend.fontsize": 8.5,
     "text.color": "#1a1a1a",
     "axes.labelcolor": "#1a1a1a",
@@ -40,6 +42,8 @@ STYLE: dict[str, Any] = {
     "text.parse_math": False,  # a dollar sign in a class name is a dollar sign
 }
 WIDTH, HEIGHT = 420, 300
+WIDE = 600
+SMALL_WIDTH, SMALL_HEIGHT = 320, 260  # four in a row on a wide page
 PIXELS = 96  # CSS pixels in an inch
 MANY_CLASSES = 30  # from here on, classes are summed up by neighbours
 NEIGHBOURS = 10
@@ -68,7 +72,7 @@ def axes(width: int = WIDTH, height: int = HEIGHT) -> Iterator[Axes]:
     """Axes of a new picture in the report's style, whatever the reader's own matplotlib settings."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
+        matplotlib.rcParams.update(STYLE)  # type: ignore[arg-type]  # its names are a Literal
         canvas = Canvas(figsize=(width / PIXELS, height / PIXELS), layout="constrained")
         yield canvas.add_subplot()
 
@@ -90,7 +94,8 @@ def class_profile(rows: Sequence[Row], *, dataset: str) -> Figure:
     ranked = sorted(rows, key=lambda row: -row["train_images"])
     counts = [row["train_images"] for row in ranked]
     with axes() as axis:
-        axis.bar(range(len(counts)), counts, width=0.86 if len(counts) < MANY_CLASSES else 1.0, color="#7d93a8")
+        width = 0.86 if len(counts) < MANY_CLASSES else 1.0
+        axis.bar(range(len(counts)), counts, width=width, color="#7d93a8")
         axis.set(title="Training images of each class", ylabel="training images")
         axis.grid(axis="x", visible=False)
         if len(counts) < MANY_CLASSES:
@@ -118,7 +123,7 @@ def neighbours(rows: Sequence[Row], column: str) -> tuple[list[float], list[floa
     ranked = sorted((row for row in rows if row[column] is not None), key=lambda row: row["train_images"])
     parts = len(ranked) if len(ranked) < MANY_CLASSES else NEIGHBOURS
     edges = [round(i * len(ranked) / parts) for i in range(parts + 1)] if parts else [0]
-    groups = [ranked[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    groups = [ranked[a:b] for a, b in pairwise(edges)]
     return (
         [math.exp(mean([math.log(max(row["train_images"], 1)) for row in group])) for group in groups],
         [100 * mean([row[column] for row in group]) for group in groups],
@@ -141,7 +146,7 @@ def by_class(
     method = rows[0]["method"]
     colour = colours[method]
     crowd = len(rows) >= MANY_CLASSES
-    with axes() as axis:
+    with axes(SMALL_WIDTH, SMALL_HEIGHT) as axis:
         if baseline:
             axis.plot(*neighbours(baseline, "raw"), color="#9a9a9a", linewidth=1.2, linestyle=(0, (2, 2)),
                       label=f"{names[baseline[0]['method']]}, raw")  # fmt: skip
@@ -165,9 +170,9 @@ def by_class(
             f"third of classes with fewest images {few[0]:.0f} % raw and {many[0]:.0f} % aligned, over the "
             f"third with most {few[1]:.0f} % raw and {many[1]:.0f} % aligned."
         )
-        caption = "Accuracy by class" + (f", lines are means of {NEIGHBOURS} groups of classes" if crowd else "")
-        seeds = "1 seed" if rows[0]["n"] == 1 else f"mean over {rows[0]['n']} seeds"
-        return picture(axis, alt, f"{caption}; {seeds}, recipe {recipe}.")
+        seeds = "One seed" if rows[0]["n"] == 1 else f"Mean over {rows[0]['n']} seeds"
+        lines = f"; lines join the means of {NEIGHBOURS} groups of classes" if crowd else ""
+        return picture(axis, alt, f"{seeds}, recipe {recipe}{lines}.")
 
 
 def ends(rows: Sequence[Row], column: str) -> tuple[float, float]:
@@ -216,12 +221,20 @@ def curves(
 
 
 def forest(
-    rows: Sequence[Row], *, recipe: str, names: Mapping[str, str], colours: Mapping[str, str]
+    rows: Sequence[Row],
+    *,
+    limits: tuple[float, float],
+    recipe: str,
+    names: Mapping[str, str],
+    colours: Mapping[str, str],
 ) -> Figure:
-    """Accuracy of every method and correction: a dot a seed, mean and standard deviation, published value."""
+    """Accuracy of every method and correction: a dot a seed, mean and standard deviation, published value.
+
+    `limits` are the lowest and highest fraction of the axis, so that the recipes of a data set can share it.
+    """
     labels = []
     said = []
-    with axes(WIDTH * 2 + 16, 90 + 26 * len(rows)) as axis:
+    with axes(WIDE, 80 + 21 * len(rows)) as axis:
         for place, row in enumerate(rows):
             colour = colours[row["method"]]
             raw = row["correction"] == "raw"
@@ -233,8 +246,9 @@ def forest(
                     axis.plot([mean_ - 100 * sd, mean_ + 100 * sd], [place] * 2, color=colour, linewidth=5,
                               alpha=0.3, solid_capstyle="butt")  # fmt: skip
                 axis.plot([mean_] * 2, [place - 0.3, place + 0.3], color=colour, linewidth=2.2)
-                axis.scatter([100 * value for value in row["accuracies"]], [place] * row["n"], s=20, zorder=3,
-                             facecolors=colour if raw else "white", edgecolors=colour, linewidths=1.1)  # fmt: skip
+                axis.scatter([100 * value for value in row["accuracies"]], [place] * row["n"], s=18,
+                             facecolors=colour if raw else "white", edgecolors=colour, linewidths=1.1,
+                             zorder=3)  # fmt: skip
                 said.append(f"{names[row['method']]} {'' if raw else what + ' '}{mean_:.1f} %")
             if row["published"] is not None:
                 axis.scatter([100 * row["published"]], [place], marker="D", s=34, zorder=4, facecolors="none",
@@ -242,7 +256,7 @@ def forest(
                 said.append(f"published {100 * row['published']:.1f} %")
         axis.set_yticks(range(len(rows)), labels)
         axis.set(title=f"Test accuracy, recipe {recipe}", xlabel="test accuracy (%)",
-                 ylim=(len(rows) - 0.4, -0.6))  # fmt: skip
+                 xlim=[100 * limit for limit in limits], ylim=(len(rows) - 0.4, -0.6))  # fmt: skip
         axis.grid(axis="y", visible=False)
         for label, row in zip(axis.get_yticklabels(), rows, strict=True):
             label.set_color("#1a1a1a" if row["correction"] == "raw" else "#666666")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
+from scipy.special import stdtrit
 
 from longtail import files, plots
 
@@ -102,11 +103,9 @@ def number(value: Any, where: str, high: float = math.inf) -> float:
         result = float(value)
     except (TypeError, ValueError):
         raise ValueError(f"{where}: {value!r} is not a number") from None
-    if not 0 <= result <= high:
-        limit = f"0 to {high:g}" if high < math.inf else "0 or more, and finite"
+    if not (0 <= result <= high and math.isfinite(result)):
+        limit = f"0 to {high:g}" if math.isfinite(high) else "a finite number from 0 on"
         raise ValueError(f"{where}: {value!r}, but allowed is {limit}")
-    if result == math.inf:
-        raise ValueError(f"{where}: {value!r}, but allowed is 0 or more, and finite")
     return result
 
 
@@ -311,7 +310,7 @@ def flags(quoted: Row) -> list[str]:
 
 
 def summary(table: Sequence[Row]) -> dict[str, Any]:
-    """{dataset: {recipe: {method: {accuracy, few, aligned}}}}: the means that `dvc exp show` should show.
+    """{dataset: {recipe: {method: {accuracy, aligned}}}}: the means that `dvc exp show` should show.
 
     `aligned` is the accuracy after aligning on held-out images, or on training images without a held-out set.
     """
@@ -321,7 +320,7 @@ def summary(table: Sequence[Row]) -> dict[str, Any]:
             continue
         methods = tree.setdefault(row["dataset"], {}).setdefault(row["recipe"], {})
         if row["correction"] == RAW:
-            methods[row["method"]] = {"accuracy": row["accuracy_mean"], "few": row["few_mean"]}
+            methods[row["method"]] = {"accuracy": row["accuracy_mean"]}
         else:  # held-out comes after train and replaces it
             methods[row["method"]]["aligned"] = row["accuracy_mean"]
     return tree
@@ -340,7 +339,7 @@ def curves(results: Results) -> list[Row]:
 def classes(results: Results) -> list[Row]:
     """One row for each dataset x recipe x method x class, with the columns CLASSES: means over seeds.
 
-    `aligned` is on held-out images where every seed has them, else on training images; `aligned_on` says which.
+    `aligned` is on held-out images where every seed has them, else on training images: see `aligned_on`.
     """
     table = []
     for (dataset, recipe, method), cells in results.groups():
@@ -368,29 +367,6 @@ def classes(results: Results) -> list[Row]:
 # ------------------------------------------------------------------------------------------ the answer
 
 
-def t_within(t: float, df: int) -> float:
-    """P(|T| < t) of Student's t with integer `df` (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
-    angle = math.atan(t / math.sqrt(df))
-    odd = df % 2
-    term = math.cos(angle) if odd else 1.0
-    total = 0.0
-    for k in range(2 + odd, df + 1, 2):
-        total += term
-        term *= math.cos(angle) ** 2 * (k - 1) / k
-    if odd:
-        return 2 / math.pi * (angle + math.sin(angle) * total)
-    return math.sin(angle) * total
-
-
-def t_quantile(df: int, confidence: float = CONFIDENCE) -> float:
-    """t with P(|T| < t) = confidence, by bisection."""
-    low, high = 0.0, 1e3
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_within(middle, df) < confidence else (low, middle)
-    return high
-
-
 def least_difference(table: Sequence[Row], n_a: int, n_b: int) -> tuple[float, float] | None:
     """Pooled sd of accuracy over the methods, and the smallest difference of two means it can settle.
 
@@ -402,7 +378,8 @@ def least_difference(table: Sequence[Row], n_a: int, n_b: int) -> tuple[float, f
     if not df:
         return None
     pooled = math.sqrt(sum(free * sd**2 for free, sd in spread) / df)
-    return pooled, t_quantile(df) * pooled * math.sqrt(1 / n_a + 1 / n_b)
+    quantile = float(stdtrit(df, (1 + CONFIDENCE) / 2))
+    return pooled, quantile * pooled * math.sqrt(1 / n_a + 1 / n_b)
 
 
 def answers(table: Sequence[Row]) -> list[Answer]:
@@ -437,7 +414,8 @@ def answer(dataset: str, recipe: str, table: Sequence[Row]) -> str:
         above = first["accuracy_mean"] - base["accuracy_mean"]
         text += f" and {100 * above:.1f} above {method_name(BASELINE)} ({percent(base)})"
     text += f"; {seeds_text(raw)} for each method."
-    return " ".join([text, spread_text(raw, first, second, lead), *aligned_text(table, raw)])
+    parts = [spread_text(raw, first, second, lead), *aligned_text(table, raw), *published_text(raw)]
+    return " ".join([text, *parts])
 
 
 def seeds_text(table: Sequence[Row]) -> str:
@@ -472,6 +450,16 @@ def aligned_text(table: Sequence[Row], raw: Sequence[Row]) -> list[str]:
         f"Logits {CORRECTIONS[kinds[0]]} change accuracy by {signed(min(gains))} to {signed(max(gains))} "
         f"points; the highest is then {method_name(best['method'])}, {percent(best)}."
     ]
+
+
+def published_text(raw: Sequence[Row]) -> list[str]:
+    """How far ours are from what was published, with a word where a published number has a reservation."""
+    known = [row for row in raw if row["difference"] is not None]
+    if not known:
+        return []
+    said = [f"{method_name(row['method'])} {signed(row['difference'])}" for row in known]
+    hint = "; not like with like, see the notes" if any(row["flags"] for row in known) else ""
+    return [f"Ours minus published, in points: {', '.join(said)}{hint}."]
 
 
 # ---------------------------------------------------------------------------------------------- writing
@@ -512,7 +500,7 @@ def footnote(row: Row) -> str:
 
 
 def section(results: Results, table: Sequence[Row], published: Sequence[Row], dataset: str) -> Row:
-    """All text of one data set: `lines` (cells, bold), `notes` (letter, text), `fitted`, `also`, `missing`."""
+    """All text of one data set: `lines` (cells, bold, raw), `notes` (letter, text) and lists of sentences."""
     mine = [row for row in table if row["dataset"] == dataset]
     best = max((row["accuracy_mean"] for row in mine if row["n"]), default=None)
     notes: list[tuple[str, str]] = []
@@ -623,10 +611,12 @@ def figures(results: Results, table: Sequence[Row], dataset: str) -> dict[str, l
     if not by_class:
         return drawn
     known = [row[column] for row in by_class for column in (RAW, "aligned") if row[column] is not None]
-    for recipe in dict.fromkeys(row["recipe"] for row in by_class):
-        mine = [row for row in table if (row["dataset"], row["recipe"]) == (dataset, recipe)]
-        shown = [row for row in mine if row["n"] or row["published"] is not None]
-        drawn[""].append(plots.forest(shown, recipe=recipe, **style))
+    recipes = dict.fromkeys(row["recipe"] for row in by_class)
+    shown = [row for row in table if row["dataset"] == dataset and row["recipe"] in recipes
+             and (row["n"] or row["published"] is not None)]  # fmt: skip
+    for recipe in recipes:
+        mine = [row for row in shown if row["recipe"] == recipe]
+        drawn[""].append(plots.forest(mine, limits=accuracy_limits(shown), recipe=recipe, **style))
         class_rows = [row for row in by_class if row["recipe"] == recipe]
         baseline = [row for row in class_rows if row["method"] == BASELINE]
         for method in dict.fromkeys(row["method"] for row in class_rows):
@@ -642,6 +632,17 @@ def figures(results: Results, table: Sequence[Row], dataset: str) -> dict[str, l
     first = [row for row in by_class if all(row[k] == by_class[0][k] for k in ("recipe", "method"))]
     drawn[""].insert(1, plots.class_profile(first, dataset=dataset))
     return drawn
+
+
+def accuracy_limits(table: Sequence[Row]) -> tuple[float, float]:
+    """Lowest and highest accuracy of the rows, seeds, spreads and published values, with a little room."""
+    values = [value for row in table for value in row["accuracies"]]
+    values += [row["published"] for row in table if row["published"] is not None]
+    for row in table:
+        if row["accuracy_sd"] is not None:
+            values += [row["accuracy_mean"] - row["accuracy_sd"], row["accuracy_mean"] + row["accuracy_sd"]]
+    room = 0.05 * (max(values) - min(values)) + 0.002
+    return min(values) - room, max(values) + room
 
 
 def html(results: Results, published: Sequence[Row]) -> str:

@@ -1,8 +1,8 @@
 """MLflow as a view: `longtail track` makes one run of each finished cell, out of result files and DVC's lock.
 
 Nothing here decides a number. What a run shows is read from `stages/dvc.lock` and from those files below
-`results/` that the lock vouches for, so a lost store, or a fresh clone that trained nothing, gets the same runs
-again. Running it twice writes nothing the second time. Two digests find a run that is there already (tags):
+`results/` that the lock vouches for, so a lost store, or a clone that trained nothing, gets the same runs.
+Running it twice writes nothing the second time. Two digests find a run that is there already (tags):
 
     longtail.training   identity of a training: command, dependencies, parameters of its train stage
     longtail.key        identity of a finished cell: what all its stages read and wrote; set last, so a run
@@ -61,6 +61,7 @@ CURVES = ("lr", "loss", "train_accuracy", "held_out_accuracy")
 MACHINE = ("device", "cpu", "gpu", "threads")
 MACHINE_METRICS = {"seconds": "training seconds", "images_per_s": "images per s"}
 ARTIFACTS = ("table.md", "report.html", "summary.json")
+NOTES = 8  # printed; the cells of a plan that still runs are many
 BATCH = 1000  # MLflow takes no more metrics at once
 ALARM_S = 60  # the child's time for one contact with the store
 READ_BYTES = 1 << 16
@@ -163,6 +164,17 @@ def read_lock(root: Path) -> dict[str, dict[str, Any]]:
     for name, entry in stages.items():
         if not isinstance(entry, dict) or "cmd" not in entry:
             raise TrackingError(f"{path}: stages.{name} is no entry with a cmd")
+        for which in ("deps", "outs"):
+            items = entry.get(which, [])
+            if not isinstance(items, list) or not all(
+                isinstance(item, dict) and "path" in item for item in items
+            ):
+                raise TrackingError(f"{path}: stages.{name}.{which} is no list of {{path, md5, ...}}")
+        declared = entry.get("params", {})
+        if not isinstance(declared, dict) or not all(
+            isinstance(values, dict) for values in declared.values()
+        ):
+            raise TrackingError(f"{path}: stages.{name}.params is no {{file: {{key: value}}}}")
     return stages
 
 
@@ -171,8 +183,8 @@ def results(root: Path, plans: Sequence[str] | None) -> tuple[list[Result], list
 
     A cell is finished when the lock has its four stages and the files are those that the lock names.
 
-    Raises TrackingError for an unusable lock, a plan that has no stage in it, and a result file that is what the
-    lock says but not what this program reads.
+    Raises TrackingError for an unusable lock, a plan that has no stage in it, and a result file that is what
+    the lock says but not what this program reads.
     """
     stages = read_lock(root)
     cells: dict[Cell, dict[str, dict[str, Any]]] = {}
@@ -198,7 +210,7 @@ def results(root: Path, plans: Sequence[str] | None) -> tuple[list[Result], list
 
 
 def _unfinished(entries: Mapping[str, Mapping[str, Any]]) -> str:
-    """Why the cell's stages do not belong together: one is missing, or read what another has replaced since."""
+    """Why the cell's stages are not one chain: one is missing, or read what another has replaced since."""
     missing = [kind for kind in STAGES if kind not in entries]
     if missing:
         return f"not finished, no {', '.join(missing)} in {LOCK}"
@@ -272,7 +284,7 @@ def _keys(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _params(cell: Cell, entries: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """Flat text parameters, without the names of the cell's blocks: recipes.digits.epochs is recipe.epochs."""
+    """Flat text parameters, without the names of the cell's blocks: recipe.epochs, not recipes.x.epochs."""
     shown = cell.names()
     for entry in entries:
         for key, value in _keys(entry).items():
@@ -296,7 +308,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _machine(root: Path, cell: Cell, training: str) -> dict[str, Any]:
-    """What the training machine left behind, and when; nothing if that was another training, or another clone."""
+    """What the training machine left behind, and when; nothing of another training or in another clone."""
     path = root / "runs" / Path(*cell.names().values()) / "machine.json"
     with suppress(OSError, ValueError):
         machine = files.read_json(path)
@@ -371,7 +383,7 @@ def open_store(root: Path) -> Iterator[Store]:
     """The store, made where there is none, and for this process alone until the block ends.
 
     Making the tables takes seconds and fails when two processes do it; looking for a run and then creating it
-    would double runs. Both are safe on one machine; two machines on one server must not sync at the same time.
+    would double runs. Both are safe on one machine; two machines on one server must not sync at a time.
 
     Raises TrackingError when MLflow cannot use the store.
     """
@@ -613,8 +625,10 @@ def track(root: str | Path, plans: Sequence[str] | None = None) -> None:
         f"MLflow runs: {summary.created} created, {summary.finished} finished, "
         f"{summary.unchanged} unchanged, {summary.superseded} superseded"
     )
-    for note in summary.notes:
+    for note in summary.notes[:NOTES]:
         print(f"left out: {note}")
+    if len(summary.notes) > NOTES:
+        print(f"left out: {len(summary.notes) - NOTES} more")
     for table in sorted((root / "results").glob("*/table.md")):
         if plans is None or table.parent.name in plans:
             page = table.parent / "report.html"

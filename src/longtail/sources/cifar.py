@@ -16,7 +16,7 @@ import tarfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 import fsspec
@@ -25,10 +25,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from longtail.ranges import Hashes, Literal, Md5, Url
 from longtail.fetch import MIRROR, download
+from longtail.ranges import Hashes, Md5, Url
 
 SIZE = 32
+LOSSLESS = ("WEBP", "PNG")  # no other decoder is tried: a JPEG would be other pixels
 
 
 class Layout(NamedTuple):
@@ -99,7 +100,8 @@ def read(
     """
     if name not in LAYOUTS:
         raise ValueError(f"name: {name!r} is unknown; allowed are {', '.join(LAYOUTS)}")
-    if unknown := sorted(set(sha256 or {}) - {"train", "test"}):
+    hashes = {str(split): value for split, value in (sha256 or {}).items()}
+    if unknown := sorted(set(hashes) - {"train", "test"}):
         raise ValueError(f"sha256: {unknown[0]!r} is unknown; allowed are train, test")
     layout = LAYOUTS[name]
     if mirror := os.environ.get(MIRROR):
@@ -109,14 +111,12 @@ def read(
         splits, class_names = _read_archive(archive, layout)
     arrays = {"class_names": np.array(class_names)}
     for split, parts in splits.items():
-        images, labels = _in_order(parts, layout.num_classes, (sha256 or {}).get(split))
+        images, labels = _in_order(parts, layout.num_classes, hashes.get(split))
         arrays |= {f"{split}_images": images, f"{split}_labels": labels}
     return arrays
 
 
-def _in_order(
-    parts: list[Part], num_classes: int, sha256: str | None
-) -> tuple[np.ndarray, np.ndarray]:
+def _in_order(parts: list[Part], num_classes: int, sha256: str | None) -> tuple[np.ndarray, np.ndarray]:
     """Rows of all parts sorted by (class, file name): images (N, 32, 32, 3), labels (N,)."""
     for part in parts:
         for row, label in enumerate(part.labels):
@@ -137,9 +137,7 @@ def _in_order(
             "allowed is as many of each, 1 or more"
         )
     # Pixels come last, so that two files of one name and class do not hang on the order read.
-    order = sorted(
-        range(len(labels)), key=lambda row: (labels[row], file_names[row], images[row].tobytes())
-    )
+    order = sorted(range(len(labels)), key=lambda row: (labels[row], file_names[row], images[row].tobytes()))
     # C order, whatever the order of the source in memory: it would show in the file's bytes.
     images, labels = np.ascontiguousarray(images[order]), labels[order]
     got = hashlib.sha256(images.data).hexdigest()
@@ -162,9 +160,7 @@ def _read_mirror(mirror: str, name: str, layout: Layout) -> tuple[Splits, list[s
             for split in ("train", "test")
         }
     except Exception as error:  # whatever the file system behind the URL raises
-        raise ValueError(
-            f"{MIRROR}: {mirror!r} cannot be read ({type(error).__name__}: {error})"
-        ) from error
+        raise ValueError(f"{MIRROR}: {mirror!r} cannot be read ({type(error).__name__}: {error})") from error
     splits: Splits = {}
     names: dict[str, list[str]] = {}
     for split, paths in found.items():
@@ -205,9 +201,7 @@ def _part(path: str, table: pa.Table, column: str) -> Part:
     images = np.empty((len(rows), SIZE, SIZE, 3), np.uint8)
     for row, (cell, label) in enumerate(zip(rows, labels, strict=True)):
         if label is None or cell is None or not cell["path"]:
-            raise ValueError(
-                f"{path}: row {row} lacks its label or its img.path, by which rows are ordered"
-            )
+            raise ValueError(f"{path}: row {row} lacks its label or its img.path, by which rows are ordered")
         images[row] = _decode(cell["bytes"], f"{path}: row {row} ({cell['path']})")
     return Part(path, images, labels, [cell["path"] for cell in rows])
 
@@ -219,11 +213,11 @@ def _fields(kind: pa.DataType) -> set[str]:
 def _decode(encoded: bytes | None, where: str) -> np.ndarray:
     """Pixels of one image file, uint8 (32, 32, 3)."""
     try:
-        image = Image.open(io.BytesIO(encoded or b""))
+        image = Image.open(io.BytesIO(encoded or b""), formats=LOSSLESS)
         if image.size == (SIZE, SIZE) and image.mode == "RGB":
             return np.asarray(image)
     except Exception as error:  # every decoder of Pillow has exceptions of its own
-        raise ValueError(f"{where} is not a readable image ({type(error).__name__})") from error
+        raise ValueError(f"{where} is not a readable PNG or WebP image ({type(error).__name__})") from error
     size = f"{image.width}x{image.height} {image.mode}"
     raise ValueError(f"{where} is {size}; allowed is {SIZE}x{SIZE} RGB")
 
@@ -276,10 +270,7 @@ def _read_archive(path: Path, layout: Layout) -> tuple[Splits, list[str]]:
     if missing := sorted(wanted - set(found)):
         raise ValueError(f"{path}: no member {missing[0]!r}")
     splits = {
-        split: [
-            _batch(f"{path}: {member}", found[member], layout.labels)
-            for member in layout.members[split]
-        ]
+        split: [_batch(f"{path}: {member}", found[member], layout.labels) for member in layout.members[split]]
         for split in ("train", "test")
     }
     meta = layout.members["names"][0]
@@ -297,9 +288,7 @@ def _batch(where: str, batch: Mapping[Any, Any], labels_key: bytes) -> Part:
         raise ValueError(f"{where}: {labels_key.decode()} is missing or no list of integers")
     file_names = _texts(batch.get(b"filenames"), f"{where}: filenames")
     if not len(data) == len(labels) == len(file_names):
-        raise ValueError(
-            f"{where}: {len(data)} images, {len(labels)} labels, {len(file_names)} filenames"
-        )
+        raise ValueError(f"{where}: {len(data)} images, {len(labels)} labels, {len(file_names)} filenames")
     images = data.reshape(-1, 3, SIZE, SIZE).transpose(0, 2, 3, 1)
     return Part(where, images, labels, file_names)
 

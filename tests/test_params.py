@@ -1,0 +1,147 @@
+"""params.yaml: what is wrong is named with its key, its value and what is allowed, before anything runs."""
+
+import copy
+import re
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from longtail import params
+
+GOOD = yaml.safe_load((ROOT / "params.yaml").read_text())
+
+
+def changed(key: str, value: object = None, *, drop: bool = False) -> dict:
+    values = copy.deepcopy(GOOD)
+    *path, last = key.split(".")
+    block = values
+    for part in path:
+        block = block[part]
+    if drop:
+        del block[last]
+    else:
+        block[last] = value
+    return values
+
+
+def test_the_committed_file_fits():
+    assert params.load(ROOT / "params.yaml") == GOOD
+
+
+BAD = [
+    # unknown
+    ("plan", {}, "plan: unknown key; allowed: plans, sources, datasets"),
+    ("evaluate.bins", 15, "evaluate.bins = 15: unknown key; allowed: ece_bins, many_above, few_below"),
+    ("methods.gala.lamda1", 1.0, "methods.gala.lamda1 = 1.0: unknown key; allowed: lambda1, lambda2"),
+    ("methods.ce.tau", 1.0, "methods.ce.tau = 1.0: unknown key; allowed: no key at all"),
+    (
+        "recipes.gala.optimizer.learning_rate",
+        0.1,
+        "unknown key; allowed: lr, momentum, nesterov, weight_decay",
+    ),
+    ("sources.digits.path", "x", "sources.digits.path = 'x': unknown key; allowed: test_per_class, seed"),
+    # mistyped
+    (
+        "recipes.gala.epochs",
+        "200",
+        "recipes.gala.epochs = '200': input should be a valid integer",
+    ),
+    ("recipes.gala.epochs", 1.5, "recipes.gala.epochs = 1.5: input should be a valid integer"),
+    (
+        "recipes.gala.drop_last",
+        1,
+        "recipes.gala.drop_last = 1: input should be a valid boolean",
+    ),
+    (
+        "recipes.gala.optimizer.lr",
+        "1e-3",
+        "recipes.gala.optimizer.lr = '1e-3': input should be a valid number",
+    ),
+    ("methods.balpoe.taus", 1.0, "methods.balpoe.taus = 1.0: input should be a valid list"),
+    ("align", None, "align = None: input should be a valid dictionary"),
+    ("datasets", [], "datasets = []: must be a mapping"),
+    # out of range
+    ("datasets.digits_if20.imbalance_factor", 0.05, "imbalance_factor = 0.05: input should be greater than or"),
+    (
+        "datasets.digits_if20.held_out",
+        1.0,
+        "datasets.digits_if20.held_out = 1.0: input should be less than 1",
+    ),
+    (
+        "datasets.digits_if20.profile",
+        "linear",
+        "profile = 'linear': input should be 'exponential' or 'step'",
+    ),
+    ("recipes.gala.optimizer.lr", 0, "recipes.gala.optimizer.lr = 0: input should be greater than 0"),
+    ("recipes.gala.optimizer.lr", float("nan"), "recipes.gala.optimizer.lr = nan: input should be a finite"),
+    ("recipes.gala.network.depth", 33, "depth is 6n + 2 (8, 20, 32, 44, 56, ...), not 33"),
+    ("recipes.gala.precision", "fp16", "precision = 'fp16': input should be 'fp32' or 'bf16'"),
+    ("recipes.balpoe.schedule.milestones", [160], "1 milestones and 2 factors"),
+    ("recipes.balpoe.schedule.milestones", [180, 160], "milestones must rise: [180, 160]"),
+    ("recipes.balpoe.schedule.milestones", [160, 200], "schedule goes on after the last of 200 epochs: [200]"),
+    ("recipes.gala.schedule.milestones", [9], "1 milestones and 0 factors"),
+    ("recipes.gala.schedule.warmup_epochs", 201, "schedule goes on after the last of 200 epochs"),
+    ("recipes.gala.normalization.mean", [0.5], "mean has 1 channels and std 3"),
+    ("recipes.digits.optimizer.momentum", 1.0, "momentum = 1.0: input should be less than 1"),
+    ("methods.gala.lambda1", -1, "methods.gala.lambda1 = -1: input should be greater than or equal to 0"),
+    ("methods.balpoe.taus", [], "methods.balpoe.taus = []: list should have at least 1 item"),
+    ("align.reading", "magic", "align.reading = 'magic': input should be 'all_samples', 'own_samples'"),
+    ("evaluate.ece_bins", 0, "evaluate.ece_bins = 0: input should be greater than or equal to 1"),
+    ("evaluate.few_below", 200, "few_below (200) is above many_above (100)"),
+    ("sources.cifar10.md5", "abc", "sources.cifar10.md5 = 'abc': must match ^[0-9a-f]{32}$"),
+    ("sources.cifar10.name", "cifar20", "name = 'cifar20': input should be 'cifar10' or 'cifar100'"),
+    # names
+    ("sources.digits.reader", "mnist", "sources.digits.reader = 'mnist': must be one of cifar, digits"),
+    ("datasets.digits_if20.source", "mnist", "source = 'mnist': not in sources; there are digits, cifar10"),
+    ("plans.quick.methods", ["focal"], "plans.quick.methods = 'focal': not in methods; there are ce,"),
+    ("plans.quick.seeds", [0, 0], "seeds names something twice: [0, 0]"),
+    ("plans.quick.seeds", [], "plans.quick.seeds = []: list should have at least 1 item"),
+    ("methods.focal", {}, "methods.focal: no file src/longtail/losses/focal.py; there are balanced_softmax,"),
+    ("datasets.CIFAR-100", {}, "datasets.CIFAR-100: a name is lower-case letters and digits"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "message"), BAD, ids=[f"{key}={value}" for key, value, _ in BAD])
+def test_bad_value(key, value, message):
+    with pytest.raises(params.ParamsError, match=re.escape(message)) as caught:
+        params.validate(changed(key, value))
+    assert str(caught.value).startswith(f"params.yaml: {key.split('.')[0]}")
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["evaluate", "plans.quick.seeds", "methods.gala.lambda2", "recipes.gala.optimizer.lr", "sources.cifar10.url"],
+)
+def test_missing_key(key):
+    with pytest.raises(params.ParamsError, match=rf"{re.escape(key)}: missing"):
+        params.validate(changed(key, drop=True))
+
+
+def test_every_problem_is_listed_at_once():
+    values = changed("evaluate.ece_bins", 0)
+    values["methods"]["gala"]["lambda1"] = "a"
+    with pytest.raises(params.ParamsError) as caught:
+        params.validate(values)
+    assert len(str(caught.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("plans: [", "not valid YAML"),
+        ("a: 1\na: 2\n", "the key 'a' is there twice"),
+        ("- 1\n", "expected a mapping"),
+    ],
+)
+def test_bad_file(tmp_path, text, message):
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(params.ParamsError, match=message) as caught:
+        params.load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(params.ParamsError, match="no such file"):
+        params.load(tmp_path / "params.yaml")

@@ -1,0 +1,487 @@
+"""The report on hand-made cells: its numbers, its gaps, its complaints, and the page it writes."""
+
+import base64
+import json
+import re
+import statistics
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from longtail import files, report
+
+PLAN = {
+    "datasets": ["toy_if10"],
+    "recipes": ["plain"],
+    "methods": ["ce", "balpoe"],
+    "seeds": [0, 1],
+}
+ACCURACY = {("ce", 0): 0.50, ("ce", 1): 0.54, ("balpoe", 0): 0.60, ("balpoe", 1): 0.66}
+NAMES = ("cat", "<b>dog</b>", "a|b $x$")
+ROOT = Path(__file__).parents[1]
+
+
+def measures(accuracy, **other):
+    block = {
+        "accuracy": accuracy,
+        "many": accuracy + 0.1,
+        "medium": None,
+        "few": accuracy - 0.1,
+        "balanced_error": 1 - accuracy,
+        "nll": 1.5,
+        "ece": 0.05,
+    }
+    return block | other
+
+
+def make_cell(folder, accuracy, *, held_out=True, names=NAMES):
+    """The three files of a cell whose aligned accuracy is 0.02 (train) and 0.04 (held-out) higher."""
+    kinds = {"raw": 0.0, "aligned_on_train": 0.02}
+    if held_out:
+        kinds["aligned_on_held_out"] = 0.04
+    metrics = {"last": {"epoch": 3} | {kind: measures(accuracy + more) for kind, more in kinds.items()}}
+    if held_out:
+        metrics["best_on_held_out"] = {"epoch": 2} | {
+            kind: measures(accuracy + more - 0.01) for kind, more in kinds.items()
+        }
+    files.write_json(folder / "metrics.json", metrics)
+    by_class = [
+        {"class": i, "name": name, "train_images": 100 // 10**i}
+        | {kind: accuracy + more for kind, more in kinds.items()}
+        for i, name in enumerate(names)
+    ]
+    files.write_csv(folder / "classes.csv", by_class, list(by_class[0]))
+    history = [
+        {"epoch": epoch, "lr": 0.1, "loss": 1 / epoch, "train_accuracy": 0.9,
+         "held_out_accuracy": accuracy if held_out else None}
+        for epoch in (1, 2, 3)
+    ]  # fmt: skip
+    files.write_csv(folder / "history.csv", history, list(history[0]))
+
+
+@pytest.fixture
+def cells(tmp_path):
+    for (method, seed), accuracy in ACCURACY.items():
+        make_cell(tmp_path / "cells/toy_if10/plain" / method / str(seed), accuracy)
+    return tmp_path / "cells"
+
+
+@pytest.fixture
+def published(tmp_path):
+    known = quoted(value=0.60, sd=0.005, runs=5, optimistic="true", same_recipe="false")
+    rebalanced = quoted(correction="prediction_rebalancing", value=0.61, transductive="true")
+    return write_published(tmp_path, known, rebalanced)
+
+
+def quoted(**other):
+    row = {
+        "dataset": "toy_if10", "recipe": "plain", "method": "balpoe", "correction": "none",
+        "measure": "accuracy", "group": "all", "value": 0.6, "sd": None, "runs": None, "optimistic": "false",
+        "transductive": "false", "same_recipe": "true", "source": "a paper, https://example.org/p",
+        "note": "a note",
+    }  # fmt: skip
+    return row | other
+
+
+def write_published(folder, *rows):
+    return files.write_csv(folder / "published.csv", rows, report.PUBLISHED)
+
+
+def table_of(cells, plan=PLAN, published=()):
+    return report.rows(report.read("toy", plan, cells), published)
+
+
+def find(table, method, correction="raw"):
+    (row,) = [row for row in table if (row["method"], row["correction"]) == (method, correction)]
+    return row
+
+
+def written(cells, published, out, plan=PLAN):
+    report.write("toy", plan, cells_dir=cells, published=published, out_dir=out)
+    return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
+
+
+# ------------------------------------------------------------------------------------------- the numbers
+
+
+def test_rows_have_the_means_and_sample_deviations_of_the_seeds(cells):
+    table = table_of(cells)
+    assert [(row["method"], row["correction"]) for row in table] == [
+        (method, correction) for method in ("ce", "balpoe") for correction in report.CORRECTIONS
+    ]
+    row = find(table, "ce")
+    assert (row["n"], row["planned"], row["seeds"]) == (2, 2, [0, 1])
+    assert row["accuracy_mean"] == pytest.approx(0.52)
+    assert row["accuracy_sd"] == pytest.approx(0.02 * 2**0.5)  # |0.54 - 0.50| / sqrt 2
+    assert row["few_mean"] == pytest.approx(0.42)
+    assert row["balanced_error_mean"] == pytest.approx(0.48)
+    assert row["best_on_held_out_mean"] == pytest.approx(0.51)
+    assert (row["medium_mean"], row["medium_sd"]) == (None, None)  # a group without classes
+    assert find(table, "ce", "aligned_on_train")["accuracy_mean"] == pytest.approx(0.54)
+    assert find(table, "ce", "aligned_on_held_out")["accuracy_mean"] == pytest.approx(0.56)
+
+
+def test_one_seed_has_no_deviation(cells):
+    table = table_of(cells, PLAN | {"seeds": [0]})
+    assert find(table, "ce")["accuracy_sd"] is None
+    assert "so no difference is settled" in report.answers(table)[0].text
+
+
+def test_only_the_plan_is_read(cells):
+    make_cell(cells / "toy_if10/plain/dead/0", 0.99)
+    (cells / "toy_if10/plain/dead/0/metrics.json").write_text("not even JSON")
+    make_cell(cells / "toy_if10/plain/ce/7", 0.99)
+    assert find(table_of(cells), "ce")["accuracy_mean"] == pytest.approx(0.52)
+    assert [row["method"] for row in table_of(cells, PLAN | {"methods": ["balpoe"]})] == ["balpoe"] * 3
+
+
+def test_without_held_out_images(tmp_path):
+    for seed in PLAN["seeds"]:
+        for method in PLAN["methods"]:
+            make_cell(tmp_path / "toy_if10/plain" / method / str(seed), 0.5, held_out=False)
+    table = table_of(tmp_path)
+    assert [row["correction"] for row in table] == ["raw", "aligned_on_train"] * 2
+    assert table[0]["best_on_held_out_n"] == 0 and table[0]["best_on_held_out_mean"] is None
+    results = report.read("toy", PLAN, tmp_path)
+    assert {row["aligned_on"] for row in report.classes(results)} == {"train"}
+    assert {row["held_out_accuracy"] for row in report.curves(results)} == {None}
+    assert "held-out" not in report.answers(table)[0].text
+    assert report.html(results, [])
+
+
+def test_published_value_stands_beside_raw_rows_only(cells, published):
+    table = table_of(cells, published=report.read_published(published))
+    row = find(table, "balpoe")
+    assert row["published"] == 0.6 and row["published_sd"] == 0.005
+    assert row["difference"] == pytest.approx(3.0)  # points: 63 - 60
+    assert [flag.split(":")[0] for flag in row["flags"]] == [
+        "optimistic",
+        "recipe differs from ours or is not known",
+    ]
+    for other in (find(table, "ce"), find(table, "balpoe", "aligned_on_train")):
+        assert other["published"] is None and other["difference"] is None and other["flags"] == []
+
+
+def test_curves_and_classes_are_tidy(cells):
+    results = report.read("toy", PLAN, cells)
+    lines = report.curves(results)
+    assert len(lines) == 4 * 3
+    assert [line["epoch"] for line in lines[:3]] == [1, 2, 3]
+    assert list(report.CURVES) == list(lines[0]) and lines[0]["loss"] == 1.0
+    rows = report.classes(results)
+    assert len(rows) == 2 * 3 and list(rows[0]) == list(report.CLASSES)
+    assert rows[0]["train_images"] == 100 and rows[0]["raw"] == pytest.approx(0.52)
+    assert rows[0]["aligned"] == pytest.approx(0.56) and rows[0]["aligned_on"] == "held_out"
+
+
+def test_summary_is_small_and_takes_the_held_out_alignment(cells):
+    summary = report.summary(table_of(cells))
+    assert summary == {
+        "toy_if10": {
+            "plain": {
+                "ce": {"accuracy": pytest.approx(0.52), "aligned": pytest.approx(0.56)},
+                "balpoe": {"accuracy": pytest.approx(0.63), "aligned": pytest.approx(0.67)},
+            }
+        }
+    }
+
+
+# -------------------------------------------------------------------------------------------- the answer
+
+
+def test_least_difference_is_the_t_interval_of_two_means(cells):
+    """The twin: two methods of two seeds have 2 degrees of freedom, and Student's t is then 4.302653."""
+    table = [row for row in table_of(cells) if row["correction"] == "raw"]
+    variances = [statistics.variance(row["accuracies"]) for row in table]
+    pooled = (sum(variances) / 2) ** 0.5
+    assert report.least_difference(table, 2, 2) == (
+        pytest.approx(pooled),
+        pytest.approx(4.302653 * pooled * (1 / 2 + 1 / 2) ** 0.5),
+    )
+    assert report.least_difference([row | {"n": 1} for row in table], 1, 1) is None
+
+
+def test_answer_names_the_winner_the_margin_and_what_is_not_settled(cells):
+    (said,) = report.answers(table_of(cells))
+    assert "BalPoE (3 experts) has the highest accuracy: 63.0 ± 4.2 %, 11.0 points above" in said.text
+    assert "Cross-entropy (52.0 ± 2.8 %); 2 seeds for each method" in said.text
+    # pooled sd is sqrt((0.0008 + 0.0018) / 2) = 3.606 points, times 4.302653
+    assert "pooled over methods, is 3.6 points" in said.text
+    assert "below about 15.5 points is not settled" in said.text and said.text.count("within that") == 1
+    assert "change accuracy by +4.0 to +4.0 points" in said.text
+
+
+def test_a_lead_beyond_the_spread_is_called_so(tmp_path):
+    for seed in PLAN["seeds"]:
+        for method, accuracy in (("ce", 0.3), ("balpoe", 0.6)):
+            make_cell(tmp_path / "toy_if10/plain" / method / str(seed), accuracy + 0.001 * seed)
+    assert "is beyond that" in report.answers(table_of(tmp_path))[0].text
+
+
+def test_best_row_is_bold_once_and_recipes_are_answered_apart(cells):
+    for seed in PLAN["seeds"]:
+        make_cell(cells / "toy_if10/long/ce" / str(seed), 0.7 + 0.01 * seed)
+        make_cell(cells / "toy_if10/long/balpoe" / str(seed), 0.8 + 0.01 * seed)
+    results = report.read("toy", PLAN | {"recipes": ["plain", "long"]}, cells)
+    text = report.markdown(results, [])
+    assert re.findall(r"\*\*(.+?)\*\*", text) == ["84.5 ± 0.7"]
+    assert text.count("has the highest accuracy") == 2
+
+
+def test_markdown_row(cells, published):
+    results = report.read("toy", PLAN, cells)
+    text = report.markdown(results, report.read_published(published))
+    assert (
+        "| plain | BalPoE (3 experts) | none | 2 | 63.0 ± 4.2 | 73.0 ± 4.2 | - | 53.0 ± 4.2 | 37.0 ± 4.2 "
+        "| 1.500 ± 0.000 | 5.0 ± 0.0 | 62.0 ± 4.2 | 60.0 ± 0.5 (a) | +3.0 |"
+    ) in text
+    assert "- (a) BalPoE (3 experts), recipe plain: optimistic: epoch chosen on the test set; " in text
+    assert (
+        "with prediction rebalancing, recipe plain (transductive: uses all test images at once): all 61.0"
+        in text
+    )
+    assert report.signed(-0.04) == "0.0" and report.signed(0.06) == "+0.1"
+
+
+# ---------------------------------------------------------------------------------------------- the gaps
+
+
+def test_missing_cells_are_listed_and_do_not_stop_the_report(cells, published, tmp_path):
+    (cells / "toy_if10/plain/ce/1/history.csv").unlink()  # half a cell is none
+    plan = PLAN | {"methods": ["ce", "balpoe", "gala"]}
+    results = report.read("toy", plan, cells)
+    assert results.missing == [
+        ("toy_if10", "plain", "ce", 1),
+        ("toy_if10", "plain", "gala", 0),
+        ("toy_if10", "plain", "gala", 1),
+    ]
+    table = report.rows(results, [])
+    assert find(table, "ce")["n"] == 1 and find(table, "gala")["n"] == 0
+    text = report.markdown(results, [])
+    assert "| plain | Cross-entropy | none | 1 of 2 | 50.0 |" in text
+    assert "| plain | GALA (released form) | none | 0 of 2 | not run yet | - |" in text
+    assert "- Not run yet: Cross-entropy, recipe plain, seed 1." in text
+    assert "- Not run yet: GALA (released form), recipe plain, seeds 0, 1." in text
+    assert "gala" not in report.summary(table)["toy_if10"]["plain"]
+    page = written(cells, published, tmp_path / "out", plan)["report.html"].decode()
+    assert "3 of 6 runs are in" in page
+
+
+def test_a_data_set_without_any_run_is_shown_as_such(cells):
+    results = report.read("toy", PLAN | {"datasets": ["toy_if10", "other"]}, cells)
+    text = report.markdown(results, [])
+    assert "On other with recipe plain, no run is in yet." in text
+    assert report.html(results, [])
+
+
+def test_no_cell_at_all_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere.*'toy'.*4 in the plan"):
+        report.read("toy", PLAN, tmp_path / "nowhere")
+
+
+# ---------------------------------------------------------------------------------------- the complaints
+
+
+def edit(path, change):
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: m.pop("last"), "no key 'last'"),
+        (lambda m: m["last"].pop("raw"), "last: no key 'raw'"),
+        (lambda m: m["last"]["raw"].pop("ece"), "last.raw.ece: missing"),
+        (lambda m: m["last"]["raw"].update(accuracy="high"), "last.raw.accuracy: 'high' is not a number"),
+        (lambda m: m["last"]["raw"].update(accuracy=True), "last.raw.accuracy: True is not a number"),
+        (lambda m: m["last"]["raw"].update(accuracy=63.0), "last.raw.accuracy: 63.0, but allowed is 0 to 1"),
+        (lambda m: m["last"]["raw"].update(accuracy=None), "last.raw.accuracy: None is not a number"),
+        (lambda m: m["last"]["raw"].update(nll=float("inf")), "last.raw.nll: inf"),
+        (lambda m: m["last"]["raw"].update(nll=float("nan")), "last.raw.nll: nan"),
+        (lambda m: m.update(last=[1]), "last: "),
+        (
+            lambda m: m.update(last={"epoch": 1, "raw": 3, "aligned_on_train": 3}),
+            "last.raw.accuracy: missing",
+        ),
+        (lambda m: m["best_on_held_out"].pop("epoch"), "best_on_held_out: no key 'epoch'"),
+    ],
+)
+def test_wrong_metrics_name_the_file_and_the_key(cells, change, words):
+    path = cells / "toy_if10/plain/ce/0/metrics.json"
+    edit(path, change)
+    with pytest.raises(ValueError, match=re.escape(str(path)) + ".*" + re.escape(words)):
+        report.read("toy", PLAN, cells)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("metrics.json", "{", "not a JSON file"),
+        ("classes.csv", "class,name\n0,cat\n", "no column 'train_images'"),
+        ("classes.csv", "class,name,train_images,raw,aligned_on_train\n", "no rows"),
+        ("history.csv", "epoch,loss\n1,2\n", "no column 'lr'"),
+        (
+            "history.csv",
+            "epoch,lr,loss,train_accuracy,held_out_accuracy\n1,0.1,2,x,\n",
+            "row 1, train_accuracy: 'x' is not a number",
+        ),
+    ],
+)
+def test_wrong_files_are_named(cells, name, text, words):
+    path = cells / "toy_if10/plain/ce/0" / name
+    path.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(str(path)) + ".*" + re.escape(words)):
+        report.read("toy", PLAN, cells)
+
+
+def test_cells_that_disagree_on_the_classes_are_refused(cells):
+    make_cell(cells / "toy_if10/plain/balpoe/1", 0.5, names=("cat", "cow", "hen"))
+    with pytest.raises(ValueError, match=r"balpoe/1/classes\.csv: other classes.*ce/0/classes\.csv"):
+        report.read("toy", PLAN, cells)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (quoted(value=52.0), "row 1, value: '52.0', but allowed is 0 to 1"),
+        (quoted(value=None), "row 1, value: empty"),
+        (quoted(optimistic="maybe"), "row 1, optimistic: 'maybe'"),
+    ],
+)
+def test_wrong_published_rows_are_named(tmp_path, row, words):
+    path = write_published(tmp_path, row)
+    with pytest.raises(ValueError, match=re.escape(f"{path}: {words}")):
+        report.read_published(path)
+
+
+def test_a_number_published_twice_is_refused(tmp_path):
+    path = write_published(tmp_path, quoted(), quoted(value=0.7))
+    with pytest.raises(ValueError, match="row 2: a second row for toy_if10, plain, balpoe"):
+        report.read_published(path)
+
+
+# ------------------------------------------------------------------------------------------ what we quote
+
+
+def test_our_published_rows_are_readable_and_flagged():
+    known = {tuple(row[c] for c in report.PUBLISHED[:6]): row
+             for row in report.read_published(ROOT / "data/published.csv")}  # fmt: skip
+    gala = known["cifar100_if100", "gala", "gala", "none", "accuracy", "all"]
+    assert gala["value"] == 0.521 and gala["optimistic"] and gala["same_recipe"]
+    balpoe = known["cifar100_if100", "balpoe", "balpoe", "none", "accuracy", "all"]
+    assert (balpoe["value"], balpoe["sd"], balpoe["optimistic"]) == (0.52, 0.005, False)
+    assert all(row["source"] for row in known.values())
+    assert all(row["note"] for row in known.values() if not row["same_recipe"])
+    rebalanced = [row for row in known.values() if row["correction"] == "prediction_rebalancing"]
+    assert rebalanced and all(row["transductive"] for row in rebalanced)
+
+
+# ---------------------------------------------------------------------------------------------- the page
+
+
+class Page(HTMLParser):
+    """Collects what a browser would fetch or run, and the text."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.fetched, self.images, self.words, self.styles = [], [], [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags.append(tag)
+        self.fetched += [
+            attributes[key] for key in ("src", "href", "srcset", "data", "action") if key in attributes
+        ]
+        if tag == "img":
+            self.images.append(attributes)
+        assert not any(name.startswith("on") for name in attributes)
+
+    def handle_data(self, data):
+        (self.styles if self.tags and self.tags[-1] == "style" else self.words).append(data)
+
+
+def test_page_is_self_contained(cells, published, tmp_path):
+    raw = written(cells, published, tmp_path / "out")["report.html"]
+    page = Page(raw.decode())
+    assert len(raw) < 5_000_000
+    assert not {"script", "iframe", "link", "object", "form"} & set(page.tags)
+    assert all(address.startswith(("data:image/png;base64,", "#")) for address in page.fetched)
+    assert "url(" not in "".join(page.styles) and "@import" not in "".join(page.styles)
+    assert "@media print" in "".join(page.styles)
+    assert "https://example.org/p" in "".join(page.words)  # the source, as text
+
+
+def test_pictures_have_sizes_and_words(cells, published, tmp_path):
+    page = Page(written(cells, published, tmp_path / "out")["report.html"].decode())
+    assert len(page.images) == 6  # accuracy, counts, two methods by class, loss, held-out accuracy
+    for image in page.images:
+        data = base64.b64decode(image["src"].partition(",")[2])
+        pixels = (int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big"))
+        assert data[:4] == b"\x89PNG" and b"Software" not in data and b"tIME" not in data
+        assert pixels == (2 * int(image["width"]), 2 * int(image["height"]))
+        assert len(image["alt"]) > 40
+    assert "Cross-entropy 52.0 %" in page.images[0]["alt"]
+    assert "published 60.0 %" in page.images[0]["alt"]
+
+
+def test_page_has_the_table_and_the_command_of_every_cell(cells, published, tmp_path):
+    found = written(cells, published, tmp_path / "out")
+    words = " ".join(" ".join(Page(found["report.html"].decode()).words).split())
+    for seed in PLAN["seeds"]:
+        for method in PLAN["methods"]:
+            assert f"dvc repro stages/dvc.yaml:evaluate-toy@toy_if10-plain-{method}-{seed}" in words
+    for text in ("63.0 ± 4.2", "60.0 ± 0.5 (a)", "+3.0", "has the highest accuracy"):
+        assert text in words.replace("\u00a0", " ")
+
+
+def test_names_are_escaped(cells, tmp_path):
+    plan = PLAN | {"methods": ["ce", "<i>x</i> & |y"]}
+    for seed in plan["seeds"]:
+        make_cell(cells / "toy_if10/plain/<i>x<" / "i> & |y" / str(seed), 0.6)
+    results = report.read("<u>toy", plan, cells)
+    page = report.html(results, [])
+    assert "<b>dog" not in page and "<i>x" not in page and "<u>toy" not in page
+    assert "&lt;i&gt;x&lt;/i&gt; &amp; |y" in page
+    assert "<i>x</i> & \\|y" in report.markdown(results, [])
+
+
+def test_two_runs_write_the_same_bytes(cells, published, tmp_path):
+    first = written(cells, published, tmp_path / "one")
+    assert sorted(first) == ["classes.csv", "curves.csv", "report.html", "summary.json", "table.md"]
+    assert first == written(cells, published, tmp_path / "two")
+    make_cell(cells / "toy_if10/plain/ce/0", 0.51)  # and another number gives others
+    third = written(cells, published, tmp_path / "three")
+    assert all(first[name] != third[name] for name in first if name != "classes.csv")
+
+
+def test_many_classes_are_summed_up(tmp_path):
+    names = [f"class {i}" for i in range(60)]
+    for seed in PLAN["seeds"]:
+        for method in PLAN["methods"]:
+            make_cell(tmp_path / "toy_if10/plain" / method / str(seed), 0.5, names=names)
+    page = report.html(report.read("toy", PLAN, tmp_path), [])
+    assert "lines join the means of 10 groups of classes" in page
+
+
+@pytest.mark.parametrize("name", ["by_epoch", "by_class"])
+def test_dvc_templates_fill_without_leftovers(cells, name):
+    """The templates of `dvc plots` take what DVC gives: columns as text, one revision a row."""
+    from dvc_render.vega import VegaRenderer
+
+    results = report.read("toy", PLAN, cells)
+    rows, x, y = {
+        "by_epoch": (report.curves(results), "epoch", "held_out_accuracy"),
+        "by_class": (report.classes(results), "train_images", "raw"),
+    }[name]
+    points = [{key: str(value) for key, value in row.items()} | {"rev": "workspace"} for row in rows]
+    filled = VegaRenderer(
+        points, name, template=name, template_dir=str(ROOT / ".dvc/plots"), x=x, y=y, title="t"
+    ).get_filled_template()
+    assert "DVC_METRIC" not in json.dumps(filled)
+    assert filled["data"]["values"] == points
+    used = set(re.findall(r"'(\w+)'\]", json.dumps(filled["transform"])))
+    assert used == {x, y}

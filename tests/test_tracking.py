@@ -1,0 +1,598 @@
+"""Tracking: a store that shows what is in the result files, once, whatever was interrupted on the way."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from longtail import files, live, tracking
+from longtail.live import Live, fingerprint
+from longtail.tracking import TrackingError, sync, track
+
+SRC = Path(live.__file__).parents[1]
+COLUMNS = ["epoch", "lr", "loss", "train_accuracy", "held_out_accuracy"]
+RECIPE = {"epochs": 4, "optimizer": {"lr": 0.1}}
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with tables and nothing in them: making those takes seconds."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def root(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with two finished cells and an empty store."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("LONGTAIL_LIVE_AFTER", raising=False)
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    for method, accuracy in (("ce", 0.5), ("gala", 0.75)):
+        add_cell(tmp_path, method, accuracy=accuracy)
+    return tmp_path
+
+
+def add_cell(
+    root: Path,
+    method: str,
+    *,
+    accuracy: float,
+    plan: str = "quick",
+    dataset: str = "digits_if20",
+    recipe: str = "digits",
+    seed: int = 0,
+    epochs: int = 4,
+    held_out: bool = True,
+    method_params: dict[str, Any] | None = None,
+    history: list[dict[str, Any]] | None = None,
+    metrics: dict[str, Any] | None = None,
+) -> str:
+    """Write a cell's results and lock entries as the pipeline would; return its training's fingerprint."""
+    where = f"{dataset}/{recipe}/{method}/{seed}"
+    results, runs = f"results/{plan}/cells/{where}", f"runs/{plan}/{where}"
+    rows = history or [
+        {"epoch": epoch, "lr": 0.1 / epoch, "loss": 2 / epoch, "train_accuracy": accuracy}
+        | {"held_out_accuracy": accuracy - 1 / (epoch + 9) if held_out else None}
+        for epoch in range(1, epochs + 1)
+    ]
+    if metrics is None:
+        parts = ["raw", "aligned_on_train"] + ["aligned_on_held_out"] * held_out
+        last = {part: measures(accuracy + 0.01 * number) for number, part in enumerate(parts)}
+        metrics = {"last": {"epoch": len(rows), **last}}
+        if held_out:
+            metrics["best_on_held_out"] = {"epoch": 3, **last}
+    files.write_csv(root / results / "history.csv", rows, COLUMNS)
+    files.write_json(root / results / "metrics.json", metrics)
+    files.write_csv(root / results / "classes.csv", [{"class": 0, "raw": accuracy}], ["class", "raw"])
+
+    path = root / "stages" / "dvc.lock"
+    lock: dict[str, Any] = {"schema": "2.0", "stages": {}}
+    if path.exists():
+        lock = yaml.safe_load(path.read_text())
+    data = ("data/long_tail/" + dataset + ".npz", "d" * 32)
+    params = {f"recipes.{recipe}": RECIPE, f"methods.{method}": method_params or {"tau": 1.0}}
+    model = (f"{runs}/model", hashlib.md5(json.dumps([params, method, seed]).encode()).hexdigest() + ".dir")
+    logits = (f"{runs}/predictions.npz", hashlib.md5(model[1].encode()).hexdigest())
+    energy = (f"{runs}/alignment.json", hashlib.md5(logits[1].encode()).hexdigest())
+    written = [
+        (f"{results}/{name}", md5(root / results / name))
+        for name in ("classes.csv", "history.csv", "metrics.json")
+    ]
+    chain = {
+        "train": ([data], params, [model]),
+        "predict": ([data, model], {}, [logits]),
+        "align": ([logits], {"align": {"temperature": 1.0}}, [energy]),
+        "evaluate": ([logits, energy], {"evaluate": {"ece_bins": 15}}, written),
+    }
+    for kind, (deps, declared, outs) in chain.items():
+        lock["stages"][f"{kind}-{plan}@{dataset}-{recipe}-{method}-{seed}"] = {
+            "cmd": f"python stages/{kind}.py --method {method} --seed {seed}",
+            "deps": [{"path": path, "hash": "md5", "md5": md5} for path, md5 in deps],
+            **({"params": {"params.yaml": declared}} if declared else {}),
+            "outs": [{"path": path, "hash": "md5", "md5": md5} for path, md5 in outs],
+        }
+    files.write_text(path, yaml.safe_dump(lock))
+    return fingerprint(f"python stages/train.py --method {method} --seed {seed}", [data], params)
+
+
+def measures(accuracy: float) -> dict[str, float | None]:
+    """A block of metrics.json; no class is medium."""
+    some = {"accuracy": accuracy, "many": 0.9, "medium": None, "few": 0.25}
+    return some | {"balanced_error": 1 - accuracy, "nll": 1.5, "ece": 0.05}
+
+
+def md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def tables(root: Path) -> dict[str, list[Any]]:
+    """Every row of every table of the store."""
+    with sqlite3.connect(root / "mlflow.db") as store:
+        names = [name for (name,) in store.execute("select name from sqlite_master where type = 'table'")]
+        return {name: store.execute(f'select * from "{name}"').fetchall() for name in names}
+
+
+def client(root: Path) -> MlflowClient:
+    return MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
+
+
+def runs(root: Path, **tags: str) -> list[Run]:
+    """Runs of cells with these longtail.* tags, oldest first."""
+    store = client(root)
+    experiment = store.get_experiment_by_name("longtail")
+    assert experiment is not None
+    asked = " AND ".join(f"tags.`longtail.{key}` = '{value}'" for key, value in tags.items())
+    found = store.search_runs([experiment.experiment_id], asked, order_by=["attributes.start_time ASC"])
+    return [run for run in found if run.data.tags["longtail.kind"] == "cell"]
+
+
+def steps(root: Path, run: Run, name: str) -> list[int]:
+    return sorted(row.step for row in client(root).get_metric_history(run.info.run_id, name))
+
+
+def cell(method: str = "gala") -> dict[str, object]:
+    return {"plan": "quick", "dataset": "digits_if20", "recipe": "digits", "method": method, "seed": 0}
+
+
+def shown(method_params: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"recipe": RECIPE, "method": method_params or {"tau": 1.0}}
+
+
+def wait_for_child(root: Path, training: str, *, seconds: float = 60) -> None:
+    """Until the child of a training has let go of its log."""
+    path = live.log_path(root, training)
+    until = time.monotonic() + seconds
+    while tracking._writes(root, training):
+        assert time.monotonic() < until, path.read_text()
+        time.sleep(0.05)
+    assert not path.exists(), path.read_text()
+
+
+def train_live(root: Path, training: str, epochs: range, **values: float) -> None:
+    with Live(cell(), training, shown(), root=root) as curves:
+        for epoch in epochs:
+            curves.log(epoch, {"loss": 2 / epoch, "lr": 0.1 / epoch, "held_out_accuracy": None, **values})
+
+
+# --- sync ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_shows_its_cell(root: Path) -> None:
+    summary = sync(root)
+    assert (summary.created, summary.finished, summary.unchanged, summary.superseded) == (2, 0, 0, 0)
+    assert summary.notes == ()
+    (run,) = runs(root, method="gala")
+    metrics, params, tags = run.data.metrics, run.data.params, run.data.tags
+    assert run.info.status == "FINISHED"
+    assert metrics["accuracy"] == 0.75
+    assert metrics["accuracy few"] == 0.25
+    assert "accuracy medium" not in metrics  # no class is medium
+    assert metrics["aligned on held-out/accuracy"] == 0.77
+    assert metrics["aligned on train/balanced error"] == 0.24
+    assert metrics["best epoch/epoch"] == 3
+    assert metrics["curve/loss"] == 0.5
+    assert steps(root, run, "curve/held_out_accuracy") == [1, 2, 3, 4]
+    assert params["method"] == "gala"
+    assert params["method.tau"] == "1"
+    assert params["recipe.optimizer.lr"] == "0.1"
+    assert params["evaluate.ece_bins"] == "15"
+    assert tags["longtail.current"] == "yes"
+    assert len(tags["longtail.lock.sha256"]) == 64
+    assert "torch" in tags["longtail.tracked_with"]
+    assert run.inputs is not None
+    (data,) = run.inputs.dataset_inputs
+    assert (data.dataset.name, data.dataset.digest) == ("digits_if20", "d" * 32)
+    parent = client(root).get_run(tags["mlflow.parentRunId"])
+    assert parent.info.run_name == "quick"
+
+
+def test_without_held_out_there_is_nothing_of_it(root: Path) -> None:
+    add_cell(root, "ce", accuracy=0.4, held_out=False)
+    sync(root)
+    (run,) = runs(root, method="ce")
+    assert not [name for name in run.data.metrics if "held" in name or "best" in name]
+    assert run.data.metrics["aligned on train/accuracy"] == pytest.approx(0.41)
+
+
+def test_a_second_sync_writes_nothing(root: Path) -> None:
+    files.write_text(root / "results" / "quick" / "table.md", "| table |")
+    sync(root)
+    before = tables(root)
+    summary = sync(root)
+    assert (summary.created, summary.finished, summary.unchanged, summary.superseded) == (0, 0, 2, 0)
+    after = tables(root)
+    assert {name: len(rows) for name, rows in after.items()} == {
+        name: len(rows) for name, rows in before.items()
+    }
+    assert after == before
+    assert len(before["runs"]) == 3 and len(before["metrics"]) > 30  # it would have noticed
+
+
+def test_other_results_make_a_new_run_and_age_the_old(root: Path) -> None:
+    sync(root)
+    add_cell(root, "gala", accuracy=0.8)
+    summary = sync(root)
+    assert (summary.created, summary.unchanged, summary.superseded) == (1, 1, 1)
+    assert [run.data.metrics["accuracy"] for run in runs(root, method="gala", current="yes")] == [0.8]
+    assert [run.data.metrics["accuracy"] for run in runs(root, method="gala", current="no")] == [0.75]
+    add_cell(root, "gala", accuracy=0.75)  # back again: the old run is the current one, nothing is made
+    summary = sync(root)
+    assert (summary.created, summary.unchanged, summary.superseded) == (0, 2, 1)
+    assert [run.data.metrics["accuracy"] for run in runs(root, method="gala", current="yes")] == [0.75]
+    assert sync(root).superseded == 0
+
+
+def test_an_interrupted_sync_is_completed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_inputs", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            sync(root, ["quick"])
+    summary = sync(root)
+    assert (summary.created, summary.finished) == (1, 1)
+    for run in runs(root, current="yes", state="finished"):
+        assert steps(root, run, "curve/loss") == [1, 2, 3, 4]
+        assert steps(root, run, "accuracy") == [4]
+    assert len(runs(root)) == 2
+
+
+def test_the_plan_gets_its_table_when_it_changed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[str] = []
+    original = MlflowClient.log_artifact
+
+    def log_artifact(self: MlflowClient, run_id: str, path: str, *rest: Any) -> None:
+        sent.append(Path(path).name)
+        original(self, run_id, path, *rest)
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", log_artifact)
+    files.write_text(root / "results" / "quick" / "table.md", "| 1 |")
+    files.write_text(root / "results" / "quick" / "summary.json", "{}")
+    sync(root)
+    assert sent == ["table.md", "summary.json"]
+    files.write_text(root / "results" / "quick" / "table.md", "| 2 |")
+    sync(root)
+    assert sent == ["table.md", "summary.json", "table.md"]
+    (stored,) = (root / "mlruns").rglob("table.md")
+    assert stored.read_text() == "| 2 |"
+
+
+def test_what_the_machine_says_counts_for_its_own_training_only(root: Path) -> None:
+    training = add_cell(root, "gala", accuracy=0.75)
+    machine = {"gpu": "H100", "cpu": "EPYC", "seconds": 80.0, "images_per_s": 5000.0, "torch": "2.14.1"}
+    place = root / "runs" / "quick" / "digits_if20" / "digits"
+    files.write_json(place / "gala" / "0" / "machine.json", machine | {"training": training})
+    files.write_json(place / "ce" / "0" / "machine.json", machine | {"training": "another"})
+    sync(root)
+    (run,) = runs(root, method="gala")
+    assert run.data.metrics["training seconds"] == 80
+    assert run.data.metrics["images per s"] == 5000
+    assert run.data.tags["longtail.gpu"] == "H100"
+    assert run.data.tags["version.torch"] == "2.14.1"
+    assert run.info.end_time - run.info.start_time == 80_000
+    (run,) = runs(root, method="ce")
+    assert "training seconds" not in run.data.metrics
+    assert "longtail.gpu" not in run.data.tags
+
+
+def test_plans_are_chosen_by_name(root: Path) -> None:
+    add_cell(root, "ce", accuracy=0.3, plan="paper-cifar100")
+    assert sync(root, ["paper-cifar100"]).created == 1
+    assert sync(root).created == 2
+    with pytest.raises(TrackingError, match="nothing of plan 'quik'; it has paper-cifar100, quick"):
+        sync(root, ["quik"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no such file; run `dvc repro`"),
+        ("stages: {a: [", "not YAML"),
+        ("- 1", "not a lock of DVC's schema 2.0"),
+        ("schema: '1.0'\nstages: {}", "not a lock of DVC's schema 2.0"),
+        ("schema: '2.0'\nstages: {check: 1}", "stages.check is no entry"),
+        ("schema: '2.0'\nstages: {check: {cmd: x, outs: [{md5: 1}]}}", "stages.check.outs is no list"),
+        ("schema: '2.0'\nstages: {check: {cmd: x, params: [1]}}", "stages.check.params is no"),
+    ],
+)
+def test_a_broken_lock_is_named(root: Path, text: str | None, message: str) -> None:
+    path = root / "stages" / "dvc.lock"
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(TrackingError, match=message) as caught:
+        sync(root)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("metrics.json", None, "metrics.json is missing"),
+        ("history.csv", "epoch,lr\n1,2\n", "history.csv is not the one in stages/dvc.lock"),
+        ("classes.csv", "x", "classes.csv is not the one in stages/dvc.lock"),
+    ],
+)
+def test_files_that_the_lock_does_not_know_are_left_out(
+    root: Path, name: str, text: str | None, message: str
+) -> None:
+    path = root / "results/quick/cells/digits_if20/digits/gala/0" / name
+    path.unlink() if text is None else path.write_text(text)
+    summary = sync(root)
+    assert summary.created == 1
+    (note,) = summary.notes
+    assert message in note and "gala" in note
+
+
+@pytest.mark.parametrize("written", [[1], {"last": {"epoch": 4}}, {"last": {"epoch": 4, "raw": {"nll": 1}}}])
+def test_metrics_of_another_shape_are_named(root: Path, written: Any) -> None:
+    add_cell(root, "ce", accuracy=0.5, metrics=written)
+    with pytest.raises(TrackingError, match=r"ce/0/metrics\.json: not the metrics of a cell"):
+        sync(root)
+
+
+def test_a_cell_in_the_making_is_left_out(root: Path) -> None:
+    sync(root)
+    path = root / "stages" / "dvc.lock"
+    lock = yaml.safe_load(path.read_text())
+    lock["stages"]["train-quick@digits_if20-digits-gala-0"]["outs"][0]["md5"] = "new.dir"
+    del lock["stages"]["align-quick@digits_if20-digits-ce-0"]
+    path.write_text(yaml.safe_dump(lock))
+    summary = sync(root)
+    assert (summary.created, summary.unchanged) == (0, 0)
+    missing, stale = sorted(summary.notes)
+    assert "ce" in missing and "not finished, no align" in missing
+    assert "its predict is from before the last change of runs/quick/digits_if20/digits/gala/0/model" in stale
+
+
+def test_a_dead_server_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(TrackingError, match=r"MLflow cannot use http://127\.0\.0\.1:9"):
+        sync(root)
+
+
+def test_track_says_where_to_look(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files.write_text(root / "results" / "quick" / "table.md", "| table |")
+    track(".", ["quick"])
+    said = capsys.readouterr().out
+    assert "2 created, 0 finished, 0 unchanged, 0 superseded" in said
+    assert "results/quick/table.md" in said
+    assert "mlflow ui --backend-store-uri sqlite:///mlflow.db --workers 1" in said
+
+
+@pytest.mark.slow
+def test_four_processes_make_one_store(root: Path) -> None:
+    (root / "mlflow.db").unlink()
+    code = "from longtail.tracking import sync; print(sync('.').created)"
+    environment = os.environ | {"PYTHONPATH": str(SRC), "MLFLOW_DISABLE_TELEMETRY": "true"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], cwd=root, env=environment, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(4)
+    ]
+    created = [process.communicate(timeout=120)[0].strip() for process in processes]
+    assert sorted(created) == ["0", "0", "0", "2"]
+    assert len(runs(root)) == 2
+
+
+# --- live ------------------------------------------------------------------------------------------------
+
+
+def test_fingerprint_is_that_of_the_facts() -> None:
+    deps = [("b.py", "2"), ("a.py", "1")]
+    one = fingerprint("python train.py", deps, {"methods.x": {"tau": 1.0, "on": True}})
+    assert one == fingerprint("python train.py", deps[::-1], {"methods.x": {"on": True, "tau": 1}})
+    assert len(one) == 16
+    others = {
+        fingerprint("python  train.py", deps, {"methods.x": {"tau": 1.0, "on": True}}),
+        fingerprint("python train.py", deps[:1], {"methods.x": {"tau": 1.0, "on": True}}),
+        fingerprint("python train.py", deps, {"methods.x": {"tau": 1.5, "on": True}}),
+        fingerprint("python train.py", deps, {"methods.x": {"tau": 1.0, "on": 1}}),
+        one,
+    }
+    assert len(others) == 5
+
+
+def test_training_does_not_import_mlflow() -> None:
+    code = "import sys, longtail.live; assert not {'mlflow', 'numpy'} & set(sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(SRC)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_a_short_training_starts_no_child(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_live(root, "short", range(1, 5))
+    monkeypatch.setenv("LONGTAIL_LIVE_AFTER", "off")
+    train_live(root, "off", range(1, 5))
+    assert not (root / "runs").exists()
+
+
+def test_sync_finishes_the_live_run(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LONGTAIL_LIVE_AFTER", "0")
+    training = add_cell(root, "gala", accuracy=0.75)
+    train_live(root, training, range(1, 4), images_per_s=1000.0)  # the fourth row was dropped
+    wait_for_child(root, training)
+    (run,) = runs(root)
+    assert run.info.status == "RUNNING"
+    assert run.data.tags["longtail.state"] == "trained"
+    assert run.data.params["method.tau"] == "1"
+    assert "torch" in {tag.removeprefix("version.") for tag in run.data.tags}
+    assert steps(root, run, "curve/loss") == [1, 2, 3]
+
+    summary = sync(root)
+    assert (summary.created, summary.finished, summary.superseded) == (1, 1, 0)
+    (same,) = runs(root, method="gala")
+    assert same.info.run_id == run.info.run_id
+    assert same.info.status == "FINISHED"
+    assert same.data.metrics["accuracy"] == 0.75
+    for name in ("curve/loss", "curve/lr", "curve/held_out_accuracy"):
+        assert steps(root, same, name) == [1, 2, 3, 4]
+    before = tables(root)
+    assert sync(root).unchanged == 2
+    assert tables(root) == before
+
+
+def test_a_killed_training_that_goes_on_is_one_run(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LONGTAIL_LIVE_AFTER", "0")
+    training = add_cell(root, "gala", accuracy=0.75)
+    code = (
+        "import json, os, signal, sys; from longtail.live import Live\n"
+        "curves = Live(json.loads(sys.argv[1]), sys.argv[2], {'method': {'tau': 1.0}}).__enter__()\n"
+        "for epoch in (1, 2, 3): curves.log(epoch, {'loss': 2 / epoch})\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(SRC)}
+    command = [sys.executable, "-c", code, json.dumps(cell()), training]
+    assert subprocess.run(command, env=environment, cwd=root).returncode == -signal.SIGKILL
+    wait_for_child(root, training)
+    (run,) = runs(root)
+    assert (run.info.status, run.data.tags["longtail.state"]) == ("KILLED", "killed")
+
+    train_live(root, training, range(3, 5))  # from the checkpoint of epoch 2
+    wait_for_child(root, training)
+    assert runs(root)[0].info.status == "RUNNING"
+    sync(root)
+    (same,) = runs(root, method="gala")
+    assert (same.info.run_id, same.info.status) == (run.info.run_id, "FINISHED")
+    assert steps(root, same, "curve/loss") == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(ValueError("nan"), "FAILED"), (KeyboardInterrupt(), "KILLED")]
+)
+def test_how_a_training_ended(
+    root: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, status: str
+) -> None:
+    monkeypatch.setenv("LONGTAIL_LIVE_AFTER", "0")
+    with pytest.raises(type(error)), Live(cell(), "training", shown(), root=root) as curves:
+        curves.log(1, {"loss": 1.0})
+        raise error
+    wait_for_child(root, "training")
+    assert [run.info.status for run in runs(root)] == [status]
+
+
+def test_leftovers_of_a_finished_cell_are_history(root: Path) -> None:
+    """A run left open before the results were written is closed; one that began after them may be at work."""
+    written = (root / "results/quick/cells/digits_if20/digits/gala/0/history.csv").stat().st_mtime_ns // 10**6
+    tags = {"longtail.kind": "cell", **{f"longtail.{key}": str(value) for key, value in cell().items()}}
+    with tracking.open_store(root) as store:
+        ids = [
+            store.client.create_run(
+                store.experiment, start_time=written + late, tags=tags | {"longtail.training": str(late)}
+            ).info.run_id
+            for late in (-60_000, 60_000)
+        ]
+    assert sync(root).superseded == 1
+    left, at_work = (client(root).get_run(run_id) for run_id in ids)
+    assert (left.info.status, left.data.tags["longtail.current"]) == ("KILLED", "no")
+    assert (at_work.info.status, at_work.data.tags.get("longtail.current")) == ("RUNNING", None)
+
+
+def test_a_run_that_is_written_to_is_left_alone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LONGTAIL_LIVE_AFTER", "0")
+    training = add_cell(root, "gala", accuracy=0.75)
+    curves = Live(cell(), training, shown(), root=root)
+    curves.log(1, {"loss": 1.0})
+    until = time.monotonic() + 60
+    while not runs_or_none(root):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    summary = sync(root)
+    assert summary.created == 1
+    assert "gala" in summary.notes[0] and "still written to" in summary.notes[0]
+    curves.__exit__(None, None, None)
+    wait_for_child(root, training)
+    assert sync(root).finished == 1
+
+
+def runs_or_none(root: Path) -> list[Run]:
+    return runs(root) if client(root).get_experiment_by_name("longtail") else []
+
+
+@pytest.fixture
+def start_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Make Live start a shell command instead of its child."""
+
+    def replace(command: str) -> None:
+        script = tmp_path / "child"
+        script.write_text(f"#!/bin/sh\n{command}\n")
+        script.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(script))
+        monkeypatch.setenv("LONGTAIL_LIVE_AFTER", "0")
+
+    yield replace
+
+
+def test_a_dead_server_costs_nothing(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LONGTAIL_LIVE_AFTER", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    began = time.monotonic()
+    train_live(root, "training", range(1, 101))
+    assert time.monotonic() - began < 1
+    until = time.monotonic() + 60
+    while tracking._writes(root, "training"):  # and the child gives up by itself
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    assert "127.0.0.1" in live.log_path(root, "training").read_text()
+    assert capfd.readouterr().err == ""
+
+
+def test_a_dead_child_is_one_warning(
+    root: Path, start_instead: Callable[[str], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    start_instead("exit 1")
+    with Live(cell(), "training", shown(), root=root) as curves:
+        for epoch in range(1, 20):
+            curves.log(epoch, {"loss": 1.0})
+            time.sleep(0.02)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "training goes on" in line and "BrokenPipe" in line
+
+
+def test_a_full_pipe_does_not_block(
+    root: Path,
+    start_instead: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    start_instead("exec sleep 60")
+    monkeypatch.setattr(live, "PENDING_BYTES", 100_000)
+    monkeypatch.setattr(live, "EXIT_WAIT_S", 0.2)
+    began = time.monotonic()
+    with Live(cell(), "training", shown(), root=root) as curves:
+        for epoch in range(1, 10_000):
+            curves.log(epoch, {"loss": 1.0})
+    assert time.monotonic() - began < 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "rows are dropped" in line
+    assert curves._child is not None
+    curves._child.kill()
+    curves._child.wait()
+
+
+def test_nothing_that_is_wrong_stops_a_training(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LONGTAIL_LIVE_AFTER", "soon")
+    with Live(cell(), "training", {"method": object()}, root=root) as curves:
+        curves.log(1, {"loss": "high"})  # type: ignore[dict-item]
+    assert len(capfd.readouterr().err.splitlines()) == 1
+    monkeypatch.setenv("LONGTAIL_LIVE_AFTER", "0")
+    files.write_text(root / "runs" / ".live", "a file where a folder should be")
+    with Live(cell(), "training", shown(), root=root) as curves:
+        curves.log(1, {"loss": 1.0})
+    assert len(capfd.readouterr().err.splitlines()) == 1
