@@ -1,6 +1,6 @@
 """Fit the energy alignment on train and on held-out logits, never on test."""
 
-from longtail import evaluation, files, stage
+from longtail import files, predictions, stage
 
 with stage.run("predictions", "out") as (args, params):
-    files.write_json(args.out, evaluation.align(args.predictions, **params["align"]))
+    files.write_json(args.out, predictions.align(args.predictions, **params["align"]))

@@ -1,6 +1,6 @@
 """Logits of a trained network on train (without augmentation), held-out and test."""
 
-from longtail import prediction, stage
+from longtail import inference, stage
 
 with stage.run("data", "model", "out") as (args, _):
-    prediction.predict(args.data, args.model, args.out)
+    inference.predict(args.data, args.model, args.out)

@@ -140,7 +140,7 @@ def test_magnitudes_are_the_published_levels():
 
 
 def test_sub_policies_are_torchvisions_table():
-    """Their names and levels; torchvision has no level where it means nothing."""
+    """torchvision names no level where a level means nothing."""
     table = transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10).policies
     for ours, theirs in zip(SUB_POLICIES, table, strict=True):
         for (name, probability, level), (other, other_probability, other_level) in zip(

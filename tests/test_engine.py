@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from longtail import batches, engine, losses, networks
+from longtail import batches, engine, inference, losses, networks
 
 SCHEDULES = {
     "gala": {"epochs": 200, "warmup_epochs": 2, "shape": "cosine", "milestones": [], "factors": []},
@@ -76,7 +76,7 @@ def fit(
     arguments = {
         "gala": {"lambda1": 1.0, "lambda2": 1.0}, "ce": {}, "balpoe": {"taus": [0.0, 2.0]},
     }[method]  # fmt: skip
-    engine.set_up(seed)
+    inference.set_up(seed)
     loss = losses.load(method)(torch.bincount(train.labels), **arguments)
     network = networks.ResNet(
         channels=1, classes=3, experts=loss.experts, depth=8, width=4, head="linear", scale=1.0, mean=[0.3], std=[0.3]
@@ -159,7 +159,7 @@ def test_logits_are_those_of_single_images():
     network = networks.ResNet(
         channels=1, classes=3, experts=2, depth=8, width=4, head="cosine", scale=30.0, mean=[0.3], std=[0.3]
     ).eval()
-    found = engine.logits(network, train, precision="fp32")
+    found = inference.logits(network, train, precision="fp32")
     assert found.shape == (2, len(train), 3)
     with torch.inference_mode():
         one = network((train.images[7:8].float() / 255 - 0.3) / 0.3)
@@ -170,11 +170,11 @@ def test_held_out_accuracy_counts_every_class_the_same(monkeypatch):
     train, _ = splits()  # 30, 12 and 5 images
     logits = torch.zeros(1, len(train), 3)
     logits[..., 0] = 1
-    monkeypatch.setattr(engine, "logits", lambda *_, **__: logits)
+    monkeypatch.setattr(inference, "logits", lambda *_, **__: logits)
     assert engine.held_out_accuracy(None, train, precision="fp32") == pytest.approx(1 / 3)
 
 
 def test_an_unknown_device_is_named(monkeypatch):
     monkeypatch.setenv("LONGTAIL_DEVICE", "abacus")
     with pytest.raises(ValueError, match="LONGTAIL_DEVICE=abacus: no such device"):
-        engine.device()
+        inference.device()

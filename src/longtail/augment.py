@@ -40,7 +40,7 @@ SUB_POLICIES = (
     (("brightness", 0.9, 6), ("color", 0.2, 8)),
     (("solarize", 0.5, 2), ("invert", 0.0, 3)),
     (("equalize", 0.2, 0), ("autocontrast", 0.6, 0)),
-    (("equalize", 0.2, 8), ("equalize", 0.8, 4)),
+    (("equalize", 0.2, 8), ("equalize", 0.6, 4)),
     (("color", 0.9, 9), ("equalize", 0.6, 6)),
     (("autocontrast", 0.8, 4), ("solarize", 0.2, 8)),
     (("brightness", 0.1, 3), ("color", 0.7, 0)),

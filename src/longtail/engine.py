@@ -5,8 +5,7 @@ same bytes as an uninterrupted one.
 """
 
 import math
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -15,19 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longtail import batches, networks
+from longtail import batches, inference, networks
 from longtail.losses import BaseLoss
 
-PREDICT_BATCH = 512  # images; in fp32, so that it changes no prediction by more than rounding
 SAVE_EVERY_S = 60.0  # seconds between checkpoints: costs nothing against what it saves
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def set_up(seed: int) -> None:
-    """Seed the initialisation and ask torch for deterministic algorithms."""
-    torch.manual_seed(seed)
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
 
 
 def lr_factor(
@@ -216,7 +206,7 @@ def train_epoch(
         images, labels_b, weight = batches.mixup(
             images, labels, alpha=mixup_alpha, generator=generator
         )
-        with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
+        with torch.autocast(device.type, inference.DTYPES[precision], enabled=precision != "fp32"):
             logits_EBC = network(images)
         value = loss(logits_EBC, labels, weight)
         if weight < 1:
@@ -236,41 +226,10 @@ def train_epoch(
     return (total_loss / images_seen).item(), (right / images_seen).item(), images_seen
 
 
-def logits(network: networks.ResNet, split: batches.Split, *, precision: str) -> Tensor:
-    """Logits (E, N, C) of a split in its order, without augmentation, float32 on the CPU."""
-
-    def parts() -> Iterator[Tensor]:
-        stream = batches.in_order(
-            split,
-            batch_size=PREDICT_BATCH,
-            mean=network.settings["mean"],
-            std=network.settings["std"],
-            channels_last=True,
-        )
-        for images in stream:
-            with torch.autocast(images.device.type, DTYPES[precision], enabled=precision != "fp32"):
-                yield network(images).cpu()
-
-    network.eval()
-    with torch.inference_mode():
-        return torch.cat([*parts()], dim=1)
-
-
 def held_out_accuracy(network: networks.ResNet, split: batches.Split, *, precision: str) -> float:
     """Mean over classes of class accuracy: a held-out set is long-tailed as its train set is."""
-    predictions = networks.product(logits(network, split, precision=precision)).argmax(1)
+    predictions = networks.product(inference.logits(network, split, precision=precision)).argmax(1)
     labels = split.labels.cpu()
     right = torch.bincount(labels[predictions == labels], minlength=split.num_classes)
     total = torch.bincount(labels, minlength=split.num_classes)
     return (right / total)[total > 0].double().mean().item()
-
-
-def device() -> torch.device:
-    """LONGTAIL_DEVICE, or the first GPU, or the CPU."""
-    name = os.environ.get("LONGTAIL_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"LONGTAIL_DEVICE={name}: no such device here ({str(error).splitlines()[0]})"
-        ) from error

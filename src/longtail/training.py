@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from longtail import batches, engine, files, losses, networks
+from longtail import batches, engine, files, inference, losses, networks
 from longtail.live import Live
 
 HISTORY = ["epoch", "lr", "loss", "train_accuracy", "held_out_accuracy"]
@@ -39,7 +39,7 @@ def train(
     """
     recipe = dict(recipe)
     arrays = files.load_arrays(data)
-    device, classes = engine.device(), len(arrays["class_names"])
+    device, classes = inference.device(), len(arrays["class_names"])
     train_split = batches.Split.from_arrays(
         arrays["train_images"], arrays["train_labels"], classes, device
     )
@@ -50,7 +50,7 @@ def train(
         )
 
     seed = int(cell["seed"])
-    engine.set_up(seed)
+    inference.set_up(seed)
     counts = torch.bincount(train_split.labels, minlength=classes)
     loss = losses.load(cell["method"])(counts, **method)
     network = networks.ResNet(

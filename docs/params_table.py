@@ -1,0 +1,184 @@
+"""Ask DVC which stages re-run when a line of params.yaml changes, and write docs/params.md.
+
+    python docs/params_table.py            # writes the table
+    python docs/params_table.py --check    # exits with 1 when the committed one is no longer true
+
+Each leaf is changed in a copy of the pipeline's files, one at a time. DVC's own comparison of the declared params says
+which stages that touches, and DVC's graph what follows them; a name in a plan also makes and drops stages.
+"""
+
+import argparse
+import contextlib
+import copy
+import io
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from dvc.dependency.param import ParamsDependency
+from dvc.repo import Repo
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "params.md"
+STRUCTURE = ("plans", "sources", "datasets")  # what dvc.yaml itself reads
+STEPS = ("check", "download", "subsample", "train", "predict", "align", "evaluate", "report", "quick")
+HEAD = """# What re-runs when a line of params.yaml changes
+
+Made by `python docs/params_table.py`, which changes each line in a copy and asks DVC; `tests/test_pipeline.py` checks it.
+`check` re-runs for every line (half a second) and nothing follows from it. 'Follows' holds where an out really changes:
+DVC stops a chain at equal bytes.
+
+| line of params.yaml | touches | follows |
+| --- | --- | --- |
+"""
+
+
+def leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested mappings; an empty block and a list are leaves."""
+    if isinstance(values, dict) and values:
+        for key, value in values.items():
+            yield from leaves(value, f"{prefix}.{key}".strip("."))
+    else:
+        yield prefix, values
+
+
+def other(key: str, value: Any, values: dict[str, Any]) -> Any:
+    """Another value than `value`: DVC does not ask whether it is allowed, but a plan's names must exist."""
+    if key.startswith("plans."):
+        names = values.get(key.split(".")[-1], [])
+        more = [name for name in names if name not in value] if names else [max(value) + 1]
+        return [*value, more[0]] if more else value[:-1]
+    if key.endswith((".reader", ".source")):
+        return {"digits": "cifar", "cifar": "digits", "cifar10": "cifar100", "cifar100": "cifar10"}[value]
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return value + 1
+    if isinstance(value, list):
+        return [*value, 1]
+    return {"changed": 1} if isinstance(value, dict) else f"{value}-changed"
+
+
+def edited(values: dict[str, Any], key: str) -> dict[str, Any]:
+    """A copy of `values` with another value at the dotted key."""
+    result = copy.deepcopy(values)
+    *path, last = key.split(".")
+    block = result
+    for part in path:
+        block = block[part]
+    block[last] = other(key, block[last], values)
+    return result
+
+
+class Pipeline:
+    """The committed pipeline in a folder of its own, as if every stage had run with the committed params."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        for name in ("dvc.yaml", "stages/dvc.yaml"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text((ROOT / name).read_text())
+        self.values: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text())
+        self.write(self.values)
+        with contextlib.redirect_stdout(io.StringIO()):
+            Repo.init(str(folder), no_scm=True).close()
+        self.repo = Repo(str(folder))
+        self.stages = {self.name(stage): stage for stage in self.repo.index.stages}
+        # stages that declare the same keys share an answer: DVC parses the file anew for each question
+        self.declared: dict[tuple[str, ...], list[Any]] = {}
+        for stage in self.stages.values():
+            for dep in stage.deps:
+                if isinstance(dep, ParamsDependency):
+                    self.declared.setdefault(tuple(dep.params), []).append(dep)
+        for deps in self.declared.values():
+            deps[0].fill_values(deps[0].read_params())
+
+    def write(self, values: dict[str, Any]) -> None:
+        (self.folder / "params.yaml").write_text(yaml.safe_dump(values))
+
+    @staticmethod
+    def name(stage: Any) -> str:
+        return stage.addressing.split(":")[-1]
+
+    def touched(self, key: str) -> set[str]:
+        """Stages that re-run because of the key itself, those that it makes included, but for `check`."""
+        values = edited(self.values, key)
+        self.write(values)
+        changed = [deps for deps in self.declared.values() if deps[0].status()]
+        touched = {self.name(dep.stage) for deps in changed for dep in deps}
+        if key.split(".")[0] in STRUCTURE:  # dvc.yaml reads these: another pipeline may come out
+            with Repo(str(self.folder)) as repo:
+                for stage in repo.index.stages:
+                    before = self.stages.get(self.name(stage))
+                    paths = [[str(dep) for dep in s.deps] for s in (stage, before) if s is not None]
+                    if before is None or before.cmd != stage.cmd or paths[0] != paths[1]:
+                        touched.add(self.name(stage))
+        self.write(self.values)
+        return touched
+
+    def followers(self, names: set[str]) -> set[str]:
+        """Every stage downstream of the named ones, but for themselves."""
+        graph = self.repo.index.graph
+        found: set[str] = set()
+        stack = [self.stages[name] for name in names if name in self.stages]
+        while stack:
+            for stage in graph.predecessors(stack.pop()):
+                if self.name(stage) not in found:
+                    found.add(self.name(stage))
+                    stack.append(stage)
+        return found - names
+
+
+def summarized(names: set[str], everything: set[str]) -> str:
+    """Stage names in short: `train-quick@*-gala-*` for all such cells of a plan."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.split("@")[0], []).append(name.partition("@")[2])
+    shown = []
+    for group in sorted(groups, key=lambda g: (STEPS.index(g.split("-")[0]), g)):
+        items = groups[group]
+        if items == [""]:
+            shown.append(f"`{group}`")
+        elif "-" not in group:
+            shown.extend(f"`{group}@{item}`" for item in sorted(items))
+        else:
+            every = [cell for g, _, cell in (n.partition("@") for n in everything) if g == group]
+            axes = [
+                "*" if {c.split("-")[i] for c in every} <= {c.split("-")[i] for c in items} and len(every) > 1
+                else "\\|".join(sorted({c.split("-")[i] for c in items}))
+                for i in range(4)
+            ]  # fmt: skip
+            pattern = re.sub(r"^\*(-\*)+$", "*", "-".join(axes))
+            shown.append(f"`{group}@{pattern}` ({len(items)})")
+    return ", ".join(shown) or "nothing"
+
+
+def steps(names: set[str]) -> str:
+    """The kinds of stages in the pipeline's order, and of how many cells."""
+    kinds = {step: sum(1 for name in names if re.split("[-@]", name)[0] == step) for step in STEPS}
+    return ", ".join(f"{step} ({count})" if count > 1 else step for step, count in kinds.items() if count) or "nothing"
+
+
+def page() -> str:
+    """The content of docs/params.md."""
+    with tempfile.TemporaryDirectory() as folder:
+        pipeline = Pipeline(Path(folder))
+        lines = [HEAD]
+        for key, _ in leaves(pipeline.values):
+            touched = pipeline.touched(key)
+            shown = summarized(touched, set(pipeline.stages) | touched)
+            lines.append(f"| `{key}` | {shown} | {steps(pipeline.followers(touched))} |\n")
+        pipeline.repo.close()
+    return "".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare instead of writing")
+    if parser.parse_args().check:
+        sys.exit(0 if PAGE.read_text() == page() else f"{PAGE} is not what DVC says: python docs/params_table.py")
+    PAGE.write_text(page())

@@ -1,0 +1,88 @@
+"""From images to logits: the last step that needs a network. What follows takes seconds and no torch."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longtail import batches, files, networks
+
+PREDICT_BATCH = 512  # images; does not change a prediction by more than rounding
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SPLITS = ("train", "held_out", "test")
+
+
+def device() -> torch.device:
+    """LONGTAIL_DEVICE, or the first GPU, or the CPU."""
+    name = os.environ.get("LONGTAIL_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"LONGTAIL_DEVICE={name}: no such device here ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def set_up(seed: int) -> None:
+    """Seed the initialisation and ask torch for deterministic algorithms."""
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def logits(network: networks.ResNet, split: batches.Split, *, precision: str) -> Tensor:
+    """Logits (E, N, C) of a split in its order, without augmentation, float32 on the CPU."""
+
+    def parts() -> Iterator[Tensor]:
+        stream = batches.in_order(
+            split,
+            batch_size=PREDICT_BATCH,
+            mean=network.settings["mean"],
+            std=network.settings["std"],
+            channels_last=True,
+        )
+        for images in stream:
+            with torch.autocast(images.device.type, DTYPES[precision], enabled=precision != "fp32"):
+                yield network(images).cpu()
+
+    network.eval()
+    with torch.inference_mode():
+        return torch.cat([*parts()], dim=1)
+
+
+def predict(data: str, model: str, out: str) -> None:
+    """Write the logits (E, N, C) of every split, without augmentation, for the last and the best network.
+
+    Prediction is in float32 whatever the training's precision, so that it adds no rounding of its own.
+
+    Raises ValueError when the weights are no network or do not fit the images.
+    """
+    arrays = files.load_arrays(data)
+    device, classes = device(), len(arrays["class_names"])
+    set_up(0)  # nothing is drawn; deterministic algorithms
+    epochs = files.read_json(Path(model) / "epochs.json")
+    predictions: dict[str, np.ndarray] = {
+        "class_names": arrays["class_names"],
+        "class_counts": np.bincount(arrays["train_labels"], minlength=classes),
+    }
+    nets = {
+        which: networks.load(Path(model) / f"{which}.safetensors", device)
+        for which in sorted(epochs)
+    }
+    for name in SPLITS:
+        predictions[f"{name}_labels"] = arrays[f"{name}_labels"]
+        if not len(arrays[f"{name}_labels"]):
+            continue
+        split = batches.Split.from_arrays(
+            arrays[f"{name}_images"], arrays[f"{name}_labels"], classes, device
+        )
+        for which, network in nets.items():
+            predictions[f"{which}_{name}_logits"] = logits(
+                network, split, precision="fp32"
+            ).numpy()
+    for which, epoch in epochs.items():
+        predictions[f"{which}_epoch"] = np.array(epoch)
+    files.save_arrays(out, **predictions)

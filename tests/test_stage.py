@@ -1,0 +1,94 @@
+"""What every stage starts with: its flags, its declared params, and the guard against edits while it runs."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from longtail import stage
+from longtail.stage import Stage
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    """A folder with a dependency and params, and a stage that declares a part of them."""
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    (tmp_path / "code.py").write_text("x = 1\n")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a").write_text("a")
+    monkeypatch.chdir(tmp_path)
+    found = Stage("work", "python work.py", ["code.py", "folder"], ["align", "methods.gala"])
+    monkeypatch.setattr(stage, "declared", lambda: found)
+    monkeypatch.setattr(sys, "argv", ["work.py", "--out", "x"])
+    return tmp_path
+
+
+def test_a_stage_sees_its_flags_and_the_keys_that_it_declares(workspace):
+    with stage.run("out") as (args, params):
+        assert (args.out, args.stage) == ("x", "work")
+        assert params["methods.gala"] == {"lambda1": 1.0, "lambda2": 1.0}
+        with pytest.raises(KeyError):
+            params["methods.balpoe"]
+
+
+EDITS = {
+    "a dependency": lambda path: (path / "code.py").write_text("x = 2\n"),
+    "a file in a folder": lambda path: (path / "folder" / "a").write_text("b"),
+    "a new file in a folder": lambda path: (path / "folder" / "b").write_text(""),
+    "a declared param": lambda path: edit_params(path, "lambda1: 1.0", "lambda1: 2.0"),
+}
+
+
+def edit_params(path, old, new):
+    text = (path / "params.yaml").read_text()
+    assert old in text
+    (path / "params.yaml").write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edit_while_it_runs_fails_the_stage(workspace, edit):
+    with pytest.raises(SystemExit, match="work: its code, data or params were edited"), stage.run("out"):
+        EDITS[edit](workspace)
+
+
+def test_an_edit_of_what_it_does_not_declare_does_not(workspace):
+    with stage.run("out"):
+        edit_params(workspace, "ece_bins: 15", "ece_bins: 20")
+
+
+def test_wrong_params_stop_it_before_it_starts(workspace):
+    edit_params(workspace, "ece_bins: 15", "ece_bins: 0")
+    ran = []
+    with pytest.raises(SystemExit, match=r"evaluate\.ece_bins = 0"), stage.run("out"):
+        ran.append(True)
+    assert not ran
+
+
+def test_bad_input_is_a_message_and_no_traceback(workspace):
+    with pytest.raises(SystemExit, match=r"error: x\.npz: no array 'a'"), stage.run("out"):
+        raise ValueError("x.npz: no array 'a'")
+
+
+def test_a_key_that_is_not_in_params_is_named():
+    with pytest.raises(KeyError, match=r"params\.yaml has no methods\.focal"):
+        stage.pick({"methods": {"ce": {}}}, ["methods.focal"])
+
+
+@pytest.mark.parametrize("script", sorted(file.name for file in (ROOT / "stages").glob("*.py")))
+def test_a_stage_run_by_hand_says_what_to_do(script):
+    flags = {
+        "check.py": ["out"],
+        "download.py": ["source", "out"],
+        "subsample.py": ["source", "dataset", "out", "profile"],
+        "train.py": ["data", "plan", "dataset", "recipe", "method", "seed", "model", "history"],
+        "predict.py": ["data", "model", "out"],
+        "align.py": ["predictions", "out"],
+        "evaluate.py": ["predictions", "alignment", "history", "out"],
+        "report.py": ["plan", "cells", "published", "out"],
+        "show.py": ["table", "page"],
+    }[script]
+    command = [sys.executable, f"stages/{script}", *(word for flag in flags for word in (f"--{flag}", "x"))]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "run it with `dvc repro`" in result.stderr
