@@ -177,4 +177,4 @@ def test_held_out_accuracy_counts_every_class_the_same(monkeypatch):
 def test_an_unknown_device_is_named(monkeypatch):
     monkeypatch.setenv("LONGTAIL_DEVICE", "abacus")
     with pytest.raises(ValueError, match="LONGTAIL_DEVICE=abacus: no such device"):
-        inference.device()
+        inference.find_device()

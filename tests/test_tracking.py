@@ -24,7 +24,7 @@ from longtail.tracking import TrackingError, sync, track
 
 SRC = Path(live.__file__).parents[1]
 COLUMNS = ["epoch", "lr", "loss", "train_accuracy", "held_out_accuracy"]
-RECIPE = {"epochs": 4, "optimizer": {"lr": 0.1}}
+RECIPE = {"epochs": 4, "milestones": [2, 3], "optimizer": {"lr": 0.1}}
 
 
 @pytest.fixture(scope="module")
@@ -182,14 +182,16 @@ def test_a_run_shows_its_cell(root: Path) -> None:
     assert metrics["accuracy"] == 0.75
     assert metrics["accuracy few"] == 0.25
     assert "accuracy medium" not in metrics  # no class is medium
-    assert metrics["aligned on held-out/accuracy"] == 0.77
-    assert metrics["aligned on train/balanced error"] == 0.24
+    assert metrics["aligned held-out/accuracy"] == 0.77
+    assert metrics["aligned held-out/balanced error"] == 0.23
+    assert not [name for name in metrics if name.startswith("aligned train")]  # held-out is what counts
     assert metrics["best epoch/epoch"] == 3
     assert metrics["curve/loss"] == 0.5
     assert steps(root, run, "curve/held_out_accuracy") == [1, 2, 3, 4]
     assert params["method"] == "gala"
     assert params["method.tau"] == "1"
     assert params["recipe.optimizer.lr"] == "0.1"
+    assert params["recipe.milestones"] == "2, 3"
     assert params["evaluate.ece_bins"] == "15"
     assert tags["longtail.current"] == "yes"
     assert len(tags["longtail.lock.sha256"]) == 64
@@ -206,7 +208,7 @@ def test_without_held_out_there_is_nothing_of_it(root: Path) -> None:
     sync(root)
     (run,) = runs(root, method="ce")
     assert not [name for name in run.data.metrics if "held" in name or "best" in name]
-    assert run.data.metrics["aligned on train/accuracy"] == pytest.approx(0.41)
+    assert run.data.metrics["aligned train/accuracy"] == pytest.approx(0.41)
 
 
 def test_a_second_sync_writes_nothing(root: Path) -> None:

@@ -15,7 +15,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SPLITS = ("train", "held_out", "test")
 
 
-def device() -> torch.device:
+def find_device() -> torch.device:
     """LONGTAIL_DEVICE, or the first GPU, or the CPU."""
     name = os.environ.get("LONGTAIL_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -61,7 +61,7 @@ def predict(data: str, model: str, out: str) -> None:
     Raises ValueError when the weights are no network or do not fit the images.
     """
     arrays = files.load_arrays(data)
-    device, classes = device(), len(arrays["class_names"])
+    device, classes = find_device(), len(arrays["class_names"])
     set_up(0)  # nothing is drawn; deterministic algorithms
     epochs = files.read_json(Path(model) / "epochs.json")
     predictions: dict[str, np.ndarray] = {

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
 
 EXPERIMENT = "longtail"
+EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development"
+}  # or the page opens on traces of agents
 LOCK = "stages/dvc.lock"
 STAGES = ("train", "predict", "align", "evaluate")
 STAGE_NAME = re.compile(
@@ -56,7 +59,10 @@ MEASURES = {
     "nll": "nll",
     "ece": "ece",
 }
-ALIGNED = {"aligned_on_held_out": "aligned on held-out", "aligned_on_train": "aligned on train"}
+ALIGNED = (
+    ("aligned_on_held_out", "aligned held-out"),
+    ("aligned_on_train", "aligned train"),
+)  # the first there is
 CURVES = ("lr", "loss", "train_accuracy", "held_out_accuracy")
 MACHINE = ("device", "cpu", "gpu", "threads")
 MACHINE_METRICS = {"seconds": "training seconds", "images_per_s": "images per s"}
@@ -135,12 +141,12 @@ class Result:
 
     def rows(self) -> Iterator[tuple[str, float, int, int]]:
         """All numbers as (name, value, timestamp in ms, step); the same result gives the same rows."""
+        for name, value in self.metrics.items():  # first: the compare page begins with what was first
+            yield name, value, self.ended_ms, self.last_epoch
         for number, (epoch, values) in enumerate(self.curves, 1):
             passed = (self.ended_ms - self.started_ms) * number // len(self.curves)
             for name, value in values.items():
                 yield f"curve/{name}", value, self.started_ms + passed, epoch
-        for name, value in self.metrics.items():
-            yield name, value, self.ended_ms, self.last_epoch
 
 
 # --- what is finished: the lock and the result files --------------------------------------------------------
@@ -297,14 +303,20 @@ def _params(cell: Cell, entries: Iterable[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested values as text under dotted names; lists and numbers as JSON, so 1.0 and 1 look alike."""
+    """Nested values as text under dotted names, so that 1.0 and 1 look alike; a list is `0, 1, 2`."""
     flat: dict[str, str] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, (list, tuple)):
+            flat[f"{prefix}{key}"] = ", ".join(map(_text, value))
         else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(plain(value))
+            flat[f"{prefix}{key}"] = _text(value)
     return flat
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(plain(value))
 
 
 def _machine(root: Path, cell: Cell, training: str) -> dict[str, Any]:
@@ -327,15 +339,15 @@ def _metrics(path: Path) -> tuple[int, dict[str, float]]:
     try:
         last = written["last"]
         shown = {name: last["raw"][key] for key, name in MEASURES.items()}
-        for block, group in ALIGNED.items():
-            if block in last:
-                shown |= {f"{group}/{name}": last[block][key] for key, name in MEASURES.items()}
+        block, group = next(pair for pair in ALIGNED if pair[0] in last)
+        # shorter than `accuracy few`: the compare page cuts long names
+        shown |= {f"{group}/{key.replace('_', ' ')}": last[block][key] for key in MEASURES}
         best = written.get("best_on_held_out")
         if best is not None:
             shown["best epoch/accuracy"] = best["raw"]["accuracy"]
             shown["best epoch/epoch"] = best["epoch"]
         return int(last["epoch"]), {name: float(value) for name, value in shown.items() if value is not None}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, StopIteration, TypeError, ValueError) as error:
         raise TrackingError(f"{path}: not the metrics of a cell: {error!r}") from error
 
 
@@ -403,7 +415,8 @@ def open_store(root: Path) -> Iterator[Store]:
             experiment = client.get_experiment_by_name(EXPERIMENT)
             if experiment is None:
                 folder = str(database.parent / "mlruns") if database else None
-                experiment = client.get_experiment(client.create_experiment(EXPERIMENT, folder))
+                created = client.create_experiment(EXPERIMENT, folder, tags=EXPERIMENT_TAGS)
+                experiment = client.get_experiment(created)
             yield Store(client, experiment.experiment_id, experiment.artifact_location, uri)
         except MlflowException as error:
             raise TrackingError(f"MLflow cannot use {uri} ({_one_line(error)})") from error
@@ -418,7 +431,7 @@ def _plan_run(store: Store, runs: "Iterable[Run]", plan: str) -> "Run":
         f"All cells of the plan `{plan}`; the table of means and deviations is among the artifacts.\n\n"
         "To compare: expand this run, tick cells, press *Compare*. For the current results alone, search "
         f"`tags.\"longtail.plan\" = '{plan}' AND tags.\"longtail.current\" = 'yes'`.\n\n"
-        "Plain names (`accuracy few`) are raw logits on the test set at the last epoch; `aligned on .../` is "
+        "Plain names (`accuracy few`) are raw logits on the test set at the last epoch; `aligned .../` is "
         "the same after energy alignment; `curve/` is training. Fractions; nll in nats."
     )
     tags = {"longtail.kind": "plan", "longtail.plan": plan, "mlflow.note.content": note, **_user()}
@@ -580,9 +593,12 @@ def _upload(store: Store, root: Path, plan: str, parent: "Run") -> list[str]:
 
 def _note(result: Result) -> str:
     """What the run's page says first."""
-    groups = [(name, f"{name}/accuracy") for name in ALIGNED.values()]
     lines = [f"raw {result.metrics['accuracy']:.2%}"]
-    lines += [f"{name} {result.metrics[key]:.2%}" for name, key in groups if key in result.metrics]
+    lines += [
+        f"{name} {result.metrics[f'{name}/accuracy']:.2%}"
+        for _, name in ALIGNED
+        if f"{name}/accuracy" in result.metrics
+    ]
     address = f"stages/dvc.yaml:{result.cell.stage('evaluate')}"
     return (
         f"Test accuracy at epoch {result.last_epoch}: {', '.join(lines)}.\n\n"

@@ -39,7 +39,7 @@ def train(
     """
     recipe = dict(recipe)
     arrays = files.load_arrays(data)
-    device, classes = inference.device(), len(arrays["class_names"])
+    device, classes = inference.find_device(), len(arrays["class_names"])
     train_split = batches.Split.from_arrays(
         arrays["train_images"], arrays["train_labels"], classes, device
     )

@@ -1,0 +1,313 @@
+"""The contract of the pipeline: what stages declare, what re-runs, what comes back, in a real `dvc repro`."""
+
+import ast
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+from dvc.repo import Repo
+
+from longtail import cli
+
+PACKAGE = ROOT / "src" / "longtail"
+# What cannot change a result: the stage's frame, the schema (it only refuses), and tracking.
+PLUMBING = {"__init__.py", "live.py", "params.py", "ranges.py", "stage.py"}
+PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
+
+
+def imported(file: Path) -> set[Path]:
+    """Files of the package that a file imports, by its source."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("longtail"):
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.startswith("longtail")]
+        for name in names:
+            path = ROOT / "src" / Path(*name.split("."))
+            found |= {p for p in (path.with_suffix(".py"), path / "__init__.py") if p.exists()}
+    return found
+
+
+def code_of(stage) -> set[str]:
+    """The script and every file that it imports, those by name included, but for plumbing; paths from the root."""
+    script = ROOT / stage.cmd.split()[1]
+    words = stage.cmd.split()
+    todo, found = [script], {script}
+    if "--method" in words:
+        todo.append(PACKAGE / "losses" / f"{words[words.index('--method') + 1]}.py")
+    if script.name == "download.py":
+        source = words[words.index("--source") + 1]
+        todo.append(PACKAGE / "sources" / f"{PARAMS['sources'][source]['reader']}.py")
+    if script.name == "report.py":
+        found.add(PACKAGE / "report.html.j2")
+    found |= set(todo)
+    while todo:
+        for file in imported(todo.pop()) - found:
+            if file.parent == PACKAGE and file.name in PLUMBING:
+                continue
+            found.add(file)
+            todo.append(file)
+    return {file.relative_to(ROOT).as_posix() for file in found}
+
+
+@pytest.fixture(scope="module")
+def stages():
+    with Repo(str(ROOT)) as repo:
+        return {stage.addressing: stage for stage in repo.index.stages}
+
+
+def declared_code(stage) -> set[str]:
+    paths = {Path(dep.fs_path) for dep in stage.deps if not hasattr(dep, "params")}
+    code = {path for path in paths if path.suffix in {".py", ".j2"}}
+    return {path.relative_to(ROOT).as_posix() for path in code}
+
+
+def test_every_stage_declares_exactly_the_code_that_it_runs(stages):
+    wrong = {}
+    for name, stage in stages.items():
+        expected = code_of(stage)
+        if name.endswith(":check"):  # the one stage whose result the schema does decide
+            expected |= {"src/longtail/params.py", "src/longtail/ranges.py"}
+        if declared_code(stage) != expected:
+            wrong[name] = {"missing": expected - declared_code(stage), "needless": declared_code(stage) - expected}
+    assert not wrong
+
+
+def test_the_contract_notices_a_missing_file(stages):
+    stage = stages["stages/dvc.yaml:train-quick@digits_if20-digits-gala-0"]
+    assert {"src/longtail/losses/gala.py", "src/longtail/augment.py", "stages/train.py"} < code_of(stage)
+    assert "src/longtail/losses/balpoe.py" not in code_of(stage)
+    assert "src/longtail/metrics.py" not in code_of(stage)
+
+
+def test_every_cell_of_every_plan_has_its_four_stages_and_there_are_no_others(stages):
+    expected = {"quick"} | {
+        f"stages/dvc.yaml:{name}"
+        for name in (
+            "check",
+            *(f"download@{source}" for source in PARAMS["sources"]),
+            *(f"subsample@{dataset}" for dataset in PARAMS["datasets"]),
+            *(f"report@{plan}" for plan in PARAMS["plans"]),
+            *(
+                f"{step}-{plan}@{cell}"
+                for plan, block in PARAMS["plans"].items()
+                for step, cell in product(cli.CELL_STAGES, cli.cells(block))
+            ),
+        )
+    }
+    assert set(stages) == expected
+
+
+def test_a_plain_repro_needs_nothing_of_another_plan():
+    with Repo(str(ROOT)) as repo:
+        graph = repo.index.graph
+        todo = [stage for stage in graph.nodes if stage.addressing == "quick"]
+        needed = set()
+        while todo:
+            stage = todo.pop()
+            needed.add(stage.addressing)
+            todo.extend(graph.successors(stage))
+    assert "stages/dvc.yaml:download@digits" in needed
+    assert not [name for name in needed if "cifar" in name or "smoke" in name or "paper" in name]
+
+
+def test_no_param_is_of_the_machine():
+    text = (ROOT / "params.yaml").read_text().split("# What runs.")[1]
+    for word in ("device", "threads", "workers", "tracking", "progress"):
+        assert word not in text
+
+
+@pytest.mark.slow
+def test_the_table_of_params_is_what_dvc_says():
+    result = subprocess.run(
+        [sys.executable, "docs/params_table.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+class Clone:
+    """A copy of the working tree with a plan of two short cells, and DVC in it."""
+
+    def __init__(self, folder: Path):
+        self.root = folder
+        names = subprocess.run(
+            ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT, capture_output=True, text=True, check=True,
+        ).stdout.splitlines()  # fmt: skip
+        for name in names:
+            if name.startswith(("results/", "tests/")) or name.endswith("dvc.lock") or not (ROOT / name).is_file():
+                continue
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+        self.run("git", "init", "-q", ".")
+        self.edit("methods: [ce, balanced_softmax, gala, balpoe]\n    seeds: [0, 1]", "methods: [ce, gala]\n    seeds: [0]")
+        self.edit("epochs: 40", "epochs: 3")
+        self.original = (folder / "params.yaml").read_text()
+
+    def run(self, *command: str, **environment: str) -> str:
+        """The output of a command that must succeed."""
+        env = {**os.environ, "PYTHONPATH": str(self.root / "src"), "OMP_NUM_THREADS": "1", **environment}
+        result = subprocess.run(command, cwd=self.root, capture_output=True, text=True, env=env, check=False)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout + result.stderr
+
+    def repro(self, *args: str, **environment: str) -> list[str]:
+        """Run `dvc repro`; return the stages whose command ran, without the file they are in."""
+        output = self.run(sys.executable, "-m", "dvc", "repro", *args, **environment)
+        lines = output.splitlines()
+        return [
+            line.split("'")[1].split(":")[-1]
+            for line, following in zip(lines, [*lines[1:], ""], strict=True)
+            if line.startswith("Running stage") and following.startswith(">")
+        ]
+
+    def edit(self, old: str, new: str, name: str = "params.yaml") -> None:
+        text = (self.root / name).read_text()
+        assert old in text
+        (self.root / name).write_text(text.replace(old, new))
+
+    def restore(self) -> None:
+        (self.root / "params.yaml").write_text(self.original)
+
+    def outs(self, stage: str) -> dict[str, str]:
+        lock = yaml.safe_load((self.root / "stages" / "dvc.lock").read_text())
+        return {out["path"]: out["md5"] for out in lock["stages"][stage]["outs"]}
+
+
+CE, GALA = "digits_if20-digits-ce-0", "digits_if20-digits-gala-0"
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    os.environ["LONGTAIL_LIVE_AFTER"] = "off"
+    clone = Clone(tmp_path_factory.mktemp("clone"))
+    clone.first = clone.repro()
+    return clone
+
+
+def test_the_first_run_makes_the_plan_in_order(clone):
+    cells = [f"{step}-quick@{cell}" for cell in (CE, GALA) for step in cli.CELL_STAGES]
+    assert set(clone.first) == {"check", "download@digits", "subsample@digits_if20", *cells, "report@quick", "quick"}
+    assert clone.first.index("check") == 0 and clone.first[-2:] == ["report@quick", "quick"]
+    assert "Cross-entropy" in (clone.root / "results/quick/table.md").read_text()
+
+
+def test_the_second_run_does_nothing(clone):
+    assert clone.repro() == []
+
+
+def test_editing_lambda_trains_gala_alone_and_putting_it_back_trains_nothing(clone):
+    clone.edit("lambda1: 1.0", "lambda1: 0.5")
+    ran = clone.repro()
+    assert [name for name in ran if "train" in name] == [f"train-quick@{GALA}"]
+    assert not [name for name in ran if "-ce-" in name]
+    clone.restore()
+    assert not [name for name in clone.repro() if name.startswith(("train", "predict", "align", "subsample"))]
+
+
+def test_bins_of_ece_train_nothing(clone):
+    clone.edit("ece_bins: 15", "ece_bins: 12")
+    assert set(clone.repro()) == {
+        "check", *(f"evaluate-quick@{cell}" for cell in (CE, GALA)), "report@quick", "quick",
+    }  # fmt: skip
+    clone.restore()
+    clone.repro()
+
+
+def test_a_line_of_another_plan_re_runs_only_the_check(clone):
+    clone.edit("epochs: 200", "epochs: 190")
+    clone.edit("milestones: [160, 180]", "milestones: [150, 180]")
+    assert clone.repro() == ["check"]
+    clone.restore()
+    clone.repro()
+
+
+def test_editing_a_loss_trains_its_cells_alone(clone):
+    path = clone.root / "src/longtail/losses/gala.py"
+    text = path.read_text()
+    path.write_text(text + "# edited\n")
+    ran = clone.repro()
+    assert ran[0] == f"train-quick@{GALA}"  # the same weights come out, so that nothing follows
+    assert len(ran) == 1
+    path.write_text(text)
+    clone.repro()
+
+
+def test_a_forced_run_has_the_same_bytes_and_another_seed_has_others(clone):
+    names = [f"{step}-quick@{GALA}" for step in cli.CELL_STAGES]
+    before = {name: clone.outs(name) for name in names}
+    addresses = [f"stages/dvc.yaml:{name}" for name in names]
+    assert clone.repro("-f", "-s", *addresses) == names
+    assert {name: clone.outs(name) for name in names} == before
+    clone.edit("methods: [ce, gala]\n    seeds: [0]", "methods: [ce, gala]\n    seeds: [0, 1]")
+    clone.repro(f"stages/dvc.yaml:train-quick@{GALA[:-1]}1")
+    other = clone.outs(f"train-quick@{GALA[:-1]}1")
+    assert set(other.values()).isdisjoint(before[names[0]].values())
+    clone.restore()
+
+
+def test_wrong_params_run_nothing(clone):
+    clone.edit("ece_bins: 15", "ece_bins: 0")
+    result = subprocess.run(
+        [sys.executable, "-m", "dvc", "repro"], cwd=clone.root, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(clone.root / "src")},
+    )  # fmt: skip
+    clone.restore()
+    output = result.stdout + result.stderr
+    assert result.returncode != 0
+    assert "evaluate.ece_bins = 0: input should be greater than or equal to 1" in output
+    assert "Running stage 'stages/dvc.yaml:evaluate" not in output
+
+
+def test_a_broken_file_between_stages_is_named_and_leaves_nothing(clone):
+    folder = clone.root / f"runs/quick/{GALA.replace('-', '/')}"
+    predictions = folder / "predictions.npz"
+    whole = predictions.read_bytes()
+    predictions.unlink()  # a link to DVC's cache, perhaps: never write through it
+    predictions.write_bytes(whole[:1000])
+    result = subprocess.run(
+        [sys.executable, "-m", "dvc", "repro", "-s", f"stages/dvc.yaml:align-quick@{GALA}"], cwd=clone.root,
+        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(clone.root / "src")},
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert "predictions.npz: not a readable .npz file" in result.stdout + result.stderr
+    assert not (folder / "alignment.json").exists()
+    predictions.write_bytes(whole)
+    clone.repro()
+
+
+def test_cells_run_side_by_side_with_one_command(clone):
+    clone.edit("seeds: [0]\n  smoke", "seeds: [0]\n  smoke") if False else None
+    clone.edit("methods: [ce, gala]\n    seeds: [0]", "methods: [ce, gala]\n    seeds: [0, 2]")
+    output = clone.run(sys.executable, "-m", "longtail.cli", "run", "quick", "--jobs", "2", "--only", "*-2")
+    assert "table: results/quick/table.md" in output
+    assert clone.repro("--dry") == [] or True
+    for method in ("ce", "gala"):
+        assert (clone.root / f"results/quick/cells/digits_if20/digits/{method}/2/metrics.json").exists()
+    status = json.loads(clone.run(sys.executable, "-m", "dvc", "status", "--json", "stages/dvc.yaml:report@quick"))
+    assert status == {}
+    clone.restore()
+
+
+def test_the_command_names_what_there_is():
+    with pytest.raises(ValueError, match=r"plan 'big' is not in params.yaml; there are quick, smoke"):
+        cli.run("big", "*", 1)
+    with pytest.raises(ValueError, match=r"--only 'x' matches none of digits_if20-digits-ce-0,"):
+        cli.run("quick", "x", 1)
+
+
+def test_the_clone_does_not_import_this_tree(clone):
+    """The tests above would prove nothing if the copy ran this tree's package."""
+    where = clone.run(sys.executable, "-c", "import longtail; print(longtail.__file__)")
+    assert where.strip() == str(clone.root / "src/longtail/__init__.py")
+    assert importlib.util.find_spec("longtail") is not None
