@@ -28,9 +28,9 @@ STRUCTURE = ("plans", "sources", "datasets")  # what dvc.yaml itself reads
 STEPS = ("check", "download", "subsample", "train", "predict", "align", "evaluate", "report", "quick")
 HEAD = """# What re-runs when a line of params.yaml changes
 
-Made by `python docs/params_table.py`, which changes each line in a copy and asks DVC; `tests/test_pipeline.py` checks it.
-`check` re-runs for every line (half a second) and nothing follows from it. 'Follows' holds where an out really changes:
-DVC stops a chain at equal bytes.
+Made by `python docs/params_table.py`, which changes each line in a copy and asks DVC; tests/test_pipeline.py checks it.
+`check` re-runs for every line (a second) and nothing follows from it. 'Follows' holds where an out really changes: DVC
+stops a chain at equal bytes.
 
 | line of params.yaml | touches | follows |
 | --- | --- | --- |

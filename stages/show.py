@@ -6,6 +6,4 @@ from longtail import stage
 
 with stage.run("table", "page") as (args, _):
     print(Path(args.table).read_text())
-    print(
-        f"table: {args.table}\npage:  {args.page} (open it in a browser)\nnext:  `longtail track`, then `mlflow ui`"
-    )
+    print(f"table: {args.table}\npage:  {args.page} (open it in a browser)\nnext:  `longtail track`, then `mlflow ui`")

@@ -76,8 +76,7 @@ def test_normalized_ignores_what_is_added_to_a_sample_and_all_samples_does_not()
     moved = logits + np.random.default_rng(1).normal(size=(len(logits), 1))
     shifts = {
         reading: [
-            alignment.fit(z, labels, reading=reading, weights="balanced", **SETTINGS)["shift"]
-            for z in (logits, moved)
+            alignment.fit(z, labels, reading=reading, weights="balanced", **SETTINGS)["shift"] for z in (logits, moved)
         ]
         for reading in ("normalized", "all_samples")
     }
@@ -120,9 +119,9 @@ def test_relabelling_the_classes_permutes_the_shift(reading, weights):
 def test_strength_scales_the_shift():
     logits, labels = case()
     one, half = (
-        alignment.fit(
-            logits, labels, reading="normalized", weights="balanced", temperature=1.0, strength=strength
-        )["shift"]
+        alignment.fit(logits, labels, reading="normalized", weights="balanced", temperature=1.0, strength=strength)[
+            "shift"
+        ]
         for strength in (1.0, 0.5)
     )
     np.testing.assert_allclose(half, one / 2)
@@ -155,5 +154,5 @@ def test_bad_logits_and_labels_are_named(change, message):
 @pytest.mark.parametrize("wrong", [{"reading": "mine"}, {"weights": "mine"}])
 def test_unknown_settings_name_what_there_is(wrong):
     settings = {"reading": "normalized", "weights": "balanced", **SETTINGS, **wrong}
-    with pytest.raises(ValueError, match="'mine'; allowed are .*, "):
+    with pytest.raises(ValueError, match=r"'mine'; allowed are .*, "):
         alignment.fit(*case(), **settings)

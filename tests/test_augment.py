@@ -91,9 +91,7 @@ def test_operation_gives_pillows_bytes(name, size):
 
     result = OPERATIONS[name](batch, given)
 
-    expected = [
-        from_pillow(pillow_operation(name, to_pillow(image), value)) for image, value in pairs
-    ]
+    expected = [from_pillow(pillow_operation(name, to_pillow(image), value)) for image, value in pairs]
     assert torch.equal(result, torch.stack(expected))
 
 
@@ -143,9 +141,7 @@ def test_sub_policies_are_torchvisions_table():
     """torchvision names no level where a level means nothing."""
     table = transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10).policies
     for ours, theirs in zip(SUB_POLICIES, table, strict=True):
-        for (name, probability, level), (other, other_probability, other_level) in zip(
-            ours, theirs, strict=True
-        ):
+        for (name, probability, level), (other, other_probability, other_level) in zip(ours, theirs, strict=True):
             assert name.replace("_", "") == other.lower()
             assert probability == other_probability
             assert other_level in (None, level)
@@ -264,8 +260,7 @@ def test_rotate_draws_angles_to_both_sides():
     turned = rotate(image.expand(500, -1, -1, -1), degrees=60, generator=generator())
     bright = (turned[:, 0] > 0).nonzero().double()
     rows, columns = (
-        torch.stack([bright[bright[:, 0] == number, axis].mean() for number in range(500)])
-        for axis in (1, 2)
+        torch.stack([bright[bright[:, 0] == number, axis].mean() for number in range(500)]) for axis in (1, 2)
     )
     angles = torch.rad2deg(torch.atan2(columns - 16, 16 - rows))
     assert 55 < angles.max() < 63

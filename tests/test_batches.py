@@ -63,9 +63,7 @@ def rows_of(batches):
 
 def equal(first, second):
     return len(first) == len(second) and all(
-        torch.equal(a, b)
-        for pair in zip(first, second, strict=True)
-        for a, b in zip(*pair, strict=True)
+        torch.equal(a, b) for pair in zip(first, second, strict=True) for a, b in zip(*pair, strict=True)
     )
 
 
@@ -193,9 +191,7 @@ def test_start_batch_gives_the_later_batches_of_the_same_epoch(start, monkeypatc
     split = split_of(100)
     batches = one_epoch(split, batch_size=8, augmentation=FULL)
     assert len(batches) == 13
-    assert equal(
-        one_epoch(split, batch_size=8, augmentation=FULL, start_batch=start), batches[start:]
-    )
+    assert equal(one_epoch(split, batch_size=8, augmentation=FULL, start_batch=start), batches[start:])
 
 
 def test_start_batch_augments_no_earlier_chunk(monkeypatch):
@@ -227,9 +223,7 @@ def test_epoch_yields_the_memory_format_asked_for():
 
 def test_epoch_serves_grey_images():
     split = split_of(20, channels=1)
-    batches = one_epoch(
-        split, mean=[0.3], std=[0.4], augmentation=FULL | {"policy": "none", "rotation": 10}
-    )
+    batches = one_epoch(split, mean=[0.3], std=[0.4], augmentation=FULL | {"policy": "none", "rotation": 10})
     assert [images.shape for images, _ in batches] == [(16, 1, 8, 8), (4, 1, 8, 8)]
 
 
@@ -273,10 +267,7 @@ def test_mixup_with_alpha_zero_changes_nothing():
 def test_mixup_weights_follow_the_beta_distribution(alpha):
     images, labels = torch.zeros(2, 1, 1, 1), torch.zeros(2, dtype=torch.int64)
     weights = np.array(
-        [
-            mixup(images, labels, alpha=alpha, generator=batch_generator(0, 0, batch))[2]
-            for batch in range(2000)
-        ]
+        [mixup(images, labels, alpha=alpha, generator=batch_generator(0, 0, batch))[2] for batch in range(2000)]
     )
     variance = 1 / (4 * (2 * alpha + 1))
     assert weights.mean() == pytest.approx(0.5, abs=4 * (variance / 2000) ** 0.5)

@@ -79,7 +79,15 @@ def fit(
     inference.set_up(seed)
     loss = losses.load(method)(torch.bincount(train.labels), **arguments)
     network = networks.ResNet(
-        channels=1, classes=3, experts=loss.experts, depth=8, width=4, head="linear", scale=1.0, mean=[0.3], std=[0.3]
+        channels=1,
+        classes=3,
+        experts=loss.experts,
+        depth=8,
+        width=4,
+        head="linear",
+        scale=1.0,
+        mean=[0.3],
+        std=[0.3],
     )
     return engine.fit(
         network, loss, train, held if held_out else None, seed=seed, on_epoch=on_epoch,
@@ -111,7 +119,7 @@ def test_held_out_images_do_not_touch_training():
     assert without.best is None and without.history[0]["held_out_accuracy"] is None
 
 
-class Interrupted(Exception):
+class InterruptedTrainingError(Exception):
     pass
 
 
@@ -122,9 +130,9 @@ def test_resume_ends_with_the_same_bytes(tmp_path, monkeypatch, stop_after):
 
     def interrupt(row):
         if row["epoch"] == stop_after + 1:
-            raise Interrupted  # before this epoch's checkpoint: its work is lost
+            raise InterruptedTrainingError  # before this epoch's checkpoint: its work is lost
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedTrainingError):
         fit(epochs=5, checkpoint=engine.Checkpoint(tmp_path / "c.pt", "a"), on_epoch=interrupt)
     epochs = []
     checkpoint = engine.Checkpoint(tmp_path / "c.pt", "a")

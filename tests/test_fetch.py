@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from longtail import fetch
+from longtail.sources.cifar import fetch
 
 DATA = bytes(range(256)) * 4000  # 1,024,000 bytes
 MD5 = hashlib.md5(DATA).hexdigest()
@@ -181,9 +181,7 @@ class NotFound(Handler):
         self.send_error(404)
 
 
-def test_progress_goes_to_stderr_and_can_be_switched_off(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_progress_goes_to_stderr_and_can_be_switched_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with serve(DATA) as server:
         fetch.download(server.url, tmp_path / "quiet", MD5, progress=False)
         assert capsys.readouterr() == ("", "")

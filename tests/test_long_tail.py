@@ -175,9 +175,7 @@ def test_hold_out_is_a_split_class_by_class(sizes: list[int], fraction: float, s
 
 
 def test_hold_out_hangs_on_its_seed_and_not_on_the_draw_of_subsample() -> None:
-    first, again, other = (
-        long_tail.hold_out(BALANCED, fraction=0.5, seed=seed)[1].tolist() for seed in (0, 0, 1)
-    )
+    first, again, other = (long_tail.hold_out(BALANCED, fraction=0.5, seed=seed)[1].tolist() for seed in (0, 0, 1))
     assert first == again != other
     drawn = long_tail.subsample(BALANCED, profile="step", imbalance_factor=2, seed=0)
     tail = [row for row in first if row >= 120]  # classes of which subsample drew half as well

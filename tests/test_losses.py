@@ -184,9 +184,7 @@ def test_gradient(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_relabelling_the_classes_changes_nothing(method):
     order = torch.tensor([3, 1, 4, 0, 2])
-    loss, permuted = (
-        losses.load(method)(counts, **ARGUMENTS[method]) for counts in (COUNTS_C, COUNTS_C[order])
-    )
+    loss, permuted = (losses.load(method)(counts, **ARGUMENTS[method]) for counts in (COUNTS_C, COUNTS_C[order]))
     for step in range(3):
         logits_EBC, labels_B = case(experts=loss.experts, seed=step)
         a = loss(logits_EBC, labels_B)

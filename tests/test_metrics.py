@@ -69,9 +69,7 @@ def test_ece_by_hand():
 
 
 def test_a_confidence_on_a_bins_edge_belongs_to_the_bin_below():
-    edge, within = (
-        metrics.ece(np.array([c, 0.15]), np.array([True, False]), bins=10) for c in (0.2, 0.2 + 1e-9)
-    )
+    edge, within = (metrics.ece(np.array([c, 0.15]), np.array([True, False]), bins=10) for c in (0.2, 0.2 + 1e-9))
     assert edge == pytest.approx(abs(1 - 0.35) / 2)  # one bin
     assert within == pytest.approx((0.8 + 0.15) / 2)  # two bins
 

@@ -62,7 +62,11 @@ BAD = [
     ("align", None, "align = None: input should be a valid dictionary"),
     ("datasets", [], "datasets = []: must be a mapping"),
     # out of range
-    ("datasets.digits_if20.imbalance_factor", 0.05, "imbalance_factor = 0.05: input should be greater than or"),
+    (
+        "datasets.digits_if20.imbalance_factor",
+        0.05,
+        "imbalance_factor = 0.05: input should be greater than or",
+    ),
     (
         "datasets.digits_if20.held_out",
         1.0,
@@ -79,7 +83,11 @@ BAD = [
     ("recipes.gala.precision", "fp16", "precision = 'fp16': input should be 'fp32' or 'bf16'"),
     ("recipes.balpoe.schedule.milestones", [160], "1 milestones and 2 factors"),
     ("recipes.balpoe.schedule.milestones", [180, 160], "milestones must rise: [180, 160]"),
-    ("recipes.balpoe.schedule.milestones", [160, 200], "schedule goes on after the last of 200 epochs: [200]"),
+    (
+        "recipes.balpoe.schedule.milestones",
+        [160, 200],
+        "schedule goes on after the last of 200 epochs: [200]",
+    ),
     ("recipes.gala.schedule.milestones", [9], "1 milestones and 0 factors"),
     ("recipes.gala.schedule.warmup_epochs", 201, "schedule goes on after the last of 200 epochs"),
     ("recipes.gala.normalization.mean", [0.5], "mean has 1 channels and std 3"),
@@ -111,7 +119,13 @@ def test_bad_value(key, value, message):
 
 @pytest.mark.parametrize(
     "key",
-    ["evaluate", "plans.quick.seeds", "methods.gala.lambda2", "recipes.gala.optimizer.lr", "sources.cifar10.url"],
+    [
+        "evaluate",
+        "plans.quick.seeds",
+        "methods.gala.lambda2",
+        "recipes.gala.optimizer.lr",
+        "sources.cifar10.url",
+    ],
 )
 def test_missing_key(key):
     with pytest.raises(params.ParamsError, match=rf"{re.escape(key)}: missing"):

@@ -47,13 +47,13 @@ def code_of(stage) -> set[str]:
         todo.append(PACKAGE / "losses" / f"{words[words.index('--method') + 1]}.py")
     if script.name == "download.py":
         source = words[words.index("--source") + 1]
-        todo.append(PACKAGE / "sources" / f"{PARAMS['sources'][source]['reader']}.py")
+        todo.append(PACKAGE / "sources" / PARAMS["sources"][source]["reader"] / "__init__.py")
     if script.name == "report.py":
         found.add(PACKAGE / "report.html.j2")
     found |= set(todo)
     while todo:
         for file in imported(todo.pop()) - found:
-            if file.parent == PACKAGE and file.name in PLUMBING:
+            if file.parent == PACKAGE and file.name in PLUMBING:  # but a subpackage's __init__ is no plumbing
                 continue
             found.add(file)
             todo.append(file)
@@ -68,6 +68,8 @@ def stages():
 
 def declared_code(stage) -> set[str]:
     paths = {Path(dep.fs_path) for dep in stage.deps if not hasattr(dep, "params")}
+    for folder in [path for path in paths if PACKAGE in path.parents and path.is_dir()]:  # a reader
+        paths |= set(folder.glob("*.py"))
     code = {path for path in paths if path.suffix in {".py", ".j2"}}
     return {path.relative_to(ROOT).as_posix() for path in code}
 
@@ -79,7 +81,10 @@ def test_every_stage_declares_exactly_the_code_that_it_runs(stages):
         if name.endswith(":check"):  # the one stage whose result the schema does decide
             expected |= {"src/longtail/params.py", "src/longtail/ranges.py"}
         if declared_code(stage) != expected:
-            wrong[name] = {"missing": expected - declared_code(stage), "needless": declared_code(stage) - expected}
+            wrong[name] = {
+                "missing": expected - declared_code(stage),
+                "needless": declared_code(stage) - expected,
+            }
     assert not wrong
 
 
@@ -130,7 +135,11 @@ def test_no_param_is_of_the_machine():
 @pytest.mark.slow
 def test_the_table_of_params_is_what_dvc_says():
     result = subprocess.run(
-        [sys.executable, "docs/params_table.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "docs/params_table.py", "--check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
 
@@ -150,7 +159,10 @@ class Clone:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / name)
         self.run("git", "init", "-q", ".")
-        self.edit("methods: [ce, balanced_softmax, gala, balpoe]\n    seeds: [0, 1]", "methods: [ce, gala]\n    seeds: [0]")
+        self.edit(
+            "methods: [ce, balanced_softmax, gala, balpoe]\n    seeds: [0, 1]",
+            "methods: [ce, gala]\n    seeds: [0]",
+        )
         self.edit("epochs: 40", "epochs: 3")
         self.original = (folder / "params.yaml").read_text()
 
@@ -197,7 +209,14 @@ def clone(tmp_path_factory):
 
 def test_the_first_run_makes_the_plan_in_order(clone):
     cells = [f"{step}-quick@{cell}" for cell in (CE, GALA) for step in cli.CELL_STAGES]
-    assert set(clone.first) == {"check", "download@digits", "subsample@digits_if20", *cells, "report@quick", "quick"}
+    assert set(clone.first) == {
+        "check",
+        "download@digits",
+        "subsample@digits_if20",
+        *cells,
+        "report@quick",
+        "quick",
+    }
     assert clone.first.index("check") == 0 and clone.first[-2:] == ["report@quick", "quick"]
     assert "Cross-entropy" in (clone.root / "results/quick/table.md").read_text()
 
@@ -287,11 +306,9 @@ def test_a_broken_file_between_stages_is_named_and_leaves_nothing(clone):
 
 
 def test_cells_run_side_by_side_with_one_command(clone):
-    clone.edit("seeds: [0]\n  smoke", "seeds: [0]\n  smoke") if False else None
     clone.edit("methods: [ce, gala]\n    seeds: [0]", "methods: [ce, gala]\n    seeds: [0, 2]")
     output = clone.run(sys.executable, "-m", "longtail.cli", "run", "quick", "--jobs", "2", "--only", "*-2")
     assert "table: results/quick/table.md" in output
-    assert clone.repro("--dry") == [] or True
     for method in ("ce", "gala"):
         assert (clone.root / f"results/quick/cells/digits_if20/digits/{method}/2/metrics.json").exists()
     status = json.loads(clone.run(sys.executable, "-m", "dvc", "status", "--json", "stages/dvc.yaml:report@quick"))

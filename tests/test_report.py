@@ -237,10 +237,7 @@ def test_markdown_row(cells, published):
         "| 1.500 ± 0.000 | 5.0 ± 0.0 | 62.0 ± 4.2 | 60.0 ± 0.5 (a) | +3.0 |"
     ) in text
     assert "- (a) BalPoE (3 experts), recipe plain: optimistic: epoch chosen on the test set; " in text
-    assert (
-        "with prediction rebalancing, recipe plain (transductive: uses all test images at once): all 61.0"
-        in text
-    )
+    assert "with prediction rebalancing, recipe plain (transductive: uses all test images at once): all 61.0" in text
     assert report.signed(-0.04) == "0.0" and report.signed(0.06) == "+0.1"
 
 
@@ -393,9 +390,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
         self.tags.append(tag)
-        self.fetched += [
-            attributes[key] for key in ("src", "href", "srcset", "data", "action") if key in attributes
-        ]
+        self.fetched += [attributes[key] for key in ("src", "href", "srcset", "data", "action") if key in attributes]
         if tag == "img":
             self.images.append(attributes)
         assert not any(name.startswith("on") for name in attributes)

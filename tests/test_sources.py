@@ -146,8 +146,7 @@ def make_members(name: str, rows: Rows, names: Sequence[str]) -> dict[str, Any]:
             f"{folder}/train": make_batch(rows["train"], "fine_labels"),
         }
     members: dict[str, Any] = {
-        f"{folder}/data_batch_{number + 1}": make_batch(rows["train"][number::5], "labels")
-        for number in range(5)
+        f"{folder}/data_batch_{number + 1}": make_batch(rows["train"][number::5], "labels") for number in range(5)
     }
     meta = {"label_names": list(names), "num_cases_per_batch": 10000, "num_vis": 3072}
     test = make_batch(rows["test"], "labels")

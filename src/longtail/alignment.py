@@ -69,9 +69,7 @@ def sample_weights(labels_N: np.ndarray, weights: str) -> np.ndarray:
 def check(logits_NC: np.ndarray, labels_N: np.ndarray) -> None:
     """Raise ValueError, naming what and where, unless there are finite logits (N, C) and labels (N,) in 0 ... C-1."""
     if logits_NC.ndim != 2 or 0 in logits_NC.shape:
-        raise ValueError(
-            f"logits have shape {logits_NC.shape}; expected (samples, classes), neither of them 0"
-        )
+        raise ValueError(f"logits have shape {logits_NC.shape}; expected (samples, classes), neither of them 0")
     if labels_N.shape != logits_NC.shape[:1]:
         raise ValueError(
             f"labels have shape {labels_N.shape}; expected ({len(logits_NC)},) as logits have that many rows"
@@ -85,9 +83,7 @@ def check(logits_NC: np.ndarray, labels_N: np.ndarray) -> None:
     outside = np.flatnonzero((labels_N < 0) | (labels_N >= logits_NC.shape[1]))
     if len(outside):
         row = outside[0]
-        raise ValueError(
-            f"label {labels_N[row]} in row {row}; allowed are 0 to {logits_NC.shape[1] - 1}"
-        )
+        raise ValueError(f"label {labels_N[row]} in row {row}; allowed are 0 to {logits_NC.shape[1] - 1}")
 
 
 def free_energy(

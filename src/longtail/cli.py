@@ -86,3 +86,7 @@ def main() -> None:
             tracking.track(Path.cwd(), args.plan or None)
     except ValueError as error:
         sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -29,14 +29,12 @@ def lr_factor(
     milestones: list[int],
     factors: list[float],
 ) -> float:
-    """What lr is multiplied by in `epoch` (from 1): linear warm-up, then a cosine that is 0 in the last epoch, or steps."""
+    """What lr is multiplied by in `epoch` (from 1): linear warm-up, then steps or a cosine that ends with 0."""
     if epoch <= warmup_epochs:
         return epoch / warmup_epochs
     if shape == "cosine":
         return (1 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs))) / 2
-    passed = [
-        factor for milestone, factor in zip(milestones, factors, strict=True) if epoch > milestone
-    ]
+    passed = [factor for milestone, factor in zip(milestones, factors, strict=True) if epoch > milestone]
     return passed[-1] if passed else 1.0
 
 
@@ -69,12 +67,8 @@ class Checkpoint:
             return None
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
-        except (
-            Exception
-        ) as error:  # whole or not there, so this is another program's or a failing disk's file
-            raise ValueError(
-                f"{self.path}: not a readable checkpoint ({error}); remove it to train anew"
-            ) from error
+        except Exception as error:  # whole or not there, so this is another program's or a failing disk's file
+            raise ValueError(f"{self.path}: not a readable checkpoint ({error}); remove it to train anew") from error
         return state if state.get("identity") == self.identity else None
 
     def save(self, state: Callable[[], dict[str, Any]]) -> None:
@@ -120,7 +114,7 @@ def fit(
     Raises FloatingPointError, naming epoch and lr, when the loss of an epoch is not finite.
     """
     sgd = torch.optim.SGD([*network.parameters()], **optimizer)
-    recipe = {
+    recipe: dict[str, Any] = {
         "batch_size": batch_size, "drop_last": drop_last, "augmentation": augmentation, "mixup_alpha": mixup_alpha,
         "precision": precision, "seed": seed,
     }  # fmt: skip
@@ -139,9 +133,7 @@ def fit(
         mean_loss, accuracy, images = train_epoch(network, loss, sgd, train, epoch=epoch, **recipe)
         seconds = perf_counter() - start
         if not math.isfinite(mean_loss):
-            raise FloatingPointError(
-                f"the loss is {mean_loss} in epoch {epoch} of {epochs} at lr {lr:g}"
-            )
+            raise FloatingPointError(f"the loss is {mean_loss} in epoch {epoch} of {epochs} at lr {lr:g}")
         row: dict[str, Any] = {
             "epoch": epoch,
             "lr": lr,
@@ -158,11 +150,7 @@ def fit(
         on_epoch({**row, "images_per_s": images / seconds})
 
         def snapshot(done: int = epoch) -> dict[str, Any]:
-            best = (
-                None
-                if fitted.best is None
-                else torch.frombuffer(bytearray(fitted.best), dtype=torch.uint8)
-            )
+            best = None if fitted.best is None else torch.frombuffer(bytearray(fitted.best), dtype=torch.uint8)
             return {
                 "network": network.state_dict(), "loss": loss.state_dict(), "sgd": sgd.state_dict(), "done": done,
                 "history": fitted.history, "best": best, "best_epoch": fitted.best_epoch,
@@ -203,9 +191,7 @@ def train_epoch(
     )  # fmt: skip
     for number, (images, labels) in enumerate(stream):
         generator = batches.batch_generator(seed, epoch, number)
-        images, labels_b, weight = batches.mixup(
-            images, labels, alpha=mixup_alpha, generator=generator
-        )
+        images, labels_b, weight = batches.mixup(images, labels, alpha=mixup_alpha, generator=generator)
         with torch.autocast(device.type, inference.DTYPES[precision], enabled=precision != "fp32"):
             logits_EBC = network(images)
         value = loss(logits_EBC, labels, weight)
@@ -217,10 +203,7 @@ def train_epoch(
         loss.after_step()
         with torch.no_grad():  # sums stay on the device: the step never waits for them
             predictions = networks.product(logits_EBC).argmax(1)
-            right += (
-                weight * (predictions == labels).sum()
-                + (1 - weight) * (predictions == labels_b).sum()
-            )
+            right += weight * (predictions == labels).sum() + (1 - weight) * (predictions == labels_b).sum()
             total_loss += value.detach() * len(labels)
         images_seen += len(labels)
     return (total_loss / images_seen).item(), (right / images_seen).item(), images_seen

@@ -7,11 +7,10 @@ import numpy as np
 from longtail import files, metrics
 from longtail.predictions import NETWORKS, product
 
+
 def corrected(logits_NC: np.ndarray, shifts: dict[str, Any]) -> dict[str, np.ndarray]:
     """The logits as they are and after each alignment, by the name of the row."""
-    aligned = {
-        f"aligned_on_{split}": logits_NC + np.asarray(fit["shift"]) for split, fit in shifts.items()
-    }
+    aligned = {f"aligned_on_{split}": logits_NC + np.asarray(fit["shift"]) for split, fit in shifts.items()}
     return {"raw": logits_NC, **aligned}
 
 

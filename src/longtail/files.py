@@ -27,9 +27,7 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-        os.chmod(
-            temporary, 0o644
-        )  # mkstemp's 0600 would follow the file into git and shared folders
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would follow the file into git and shared folders
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -82,9 +80,7 @@ def write_csv(path: str | Path, rows: Iterable[Mapping[str, Any]], columns: Sequ
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow(
-            {key: "" if value is None else value for key, value in rounded(row).items()}
-        )
+        writer.writerow({key: "" if value is None else value for key, value in rounded(row).items()})
     return write_text(path, text.getvalue())
 
 

@@ -21,9 +21,7 @@ def find_device() -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"LONGTAIL_DEVICE={name}: no such device here ({str(error).splitlines()[0]})"
-        ) from error
+        raise ValueError(f"LONGTAIL_DEVICE={name}: no such device here ({str(error).splitlines()[0]})") from error
 
 
 def set_up(seed: int) -> None:
@@ -68,21 +66,14 @@ def predict(data: str, model: str, out: str) -> None:
         "class_names": arrays["class_names"],
         "class_counts": np.bincount(arrays["train_labels"], minlength=classes),
     }
-    nets = {
-        which: networks.load(Path(model) / f"{which}.safetensors", device)
-        for which in sorted(epochs)
-    }
+    nets = {which: networks.load(Path(model) / f"{which}.safetensors", device) for which in sorted(epochs)}
     for name in SPLITS:
         predictions[f"{name}_labels"] = arrays[f"{name}_labels"]
         if not len(arrays[f"{name}_labels"]):
             continue
-        split = batches.Split.from_arrays(
-            arrays[f"{name}_images"], arrays[f"{name}_labels"], classes, device
-        )
+        split = batches.Split.from_arrays(arrays[f"{name}_images"], arrays[f"{name}_labels"], classes, device)
         for which, network in nets.items():
-            predictions[f"{which}_{name}_logits"] = logits(
-                network, split, precision="fp32"
-            ).numpy()
+            predictions[f"{which}_{name}_logits"] = logits(network, split, precision="fp32").numpy()
     for which, epoch in epochs.items():
         predictions[f"{which}_epoch"] = np.array(epoch)
     files.save_arrays(out, **predictions)

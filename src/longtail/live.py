@@ -139,9 +139,7 @@ class Live:
         if self._off:
             return
         try:
-            numbers = {
-                name: float(value) for name, value in values.items() if value is not None and name != "epoch"
-            }
+            numbers = {name: float(value) for name, value in values.items() if value is not None and name != "epoch"}
             self._send({"epoch": int(epoch), "time": _now_ms(), "values": numbers})
             if self._child is None and time.monotonic() - self._began >= self._after:
                 self._start()

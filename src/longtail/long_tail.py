@@ -137,9 +137,7 @@ def check_source(raw: Mapping[str, np.ndarray]) -> None:
     for split in ("train", "test"):
         images, labels = raw[f"{split}_images"], raw[f"{split}_labels"]
         if images.ndim != 4 or images.dtype != np.uint8:
-            raise ValueError(
-                f"{split}_images: {_kind(images)}; allowed is uint8 of shape (N, H, W, channels)"
-            )
+            raise ValueError(f"{split}_images: {_kind(images)}; allowed is uint8 of shape (N, H, W, channels)")
         if labels.shape != images.shape[:1]:
             raise ValueError(f"{split}_labels: {_kind(labels)}; there are {len(images)} {split}_images")
         _class_sizes(labels, f"{split}_labels", class_names)
@@ -180,9 +178,7 @@ def _class_sizes(labels: np.ndarray, key: str, class_names: np.ndarray | None = 
         raise ValueError(f"{key}: {labels[wrong[0]]} in row {wrong[0]}; allowed is 0 to {num_classes - 1}")
     sizes = np.bincount(labels, minlength=num_classes)
     if len(empty := np.flatnonzero(sizes == 0)):
-        raise ValueError(
-            f"{key}: class {empty[0]} has no image; every class of 0 to {num_classes - 1} needs one"
-        )
+        raise ValueError(f"{key}: class {empty[0]} has no image; every class of 0 to {num_classes - 1} needs one")
     return sizes
 
 

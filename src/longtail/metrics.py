@@ -17,9 +17,7 @@ def class_accuracy(predictions_N: np.ndarray, labels_N: np.ndarray, classes: int
         return right_C / total_C
 
 
-def shot_groups(
-    class_counts_C: np.ndarray, *, many_above: int, few_below: int
-) -> dict[str, np.ndarray]:
+def shot_groups(class_counts_C: np.ndarray, *, many_above: int, few_below: int) -> dict[str, np.ndarray]:
     """Masks (C,) of the many-, medium- and few-shot classes by training images (Liu et al., CVPR 2019)."""
     many_C = class_counts_C > many_above
     few_C = class_counts_C < few_below
@@ -51,9 +49,7 @@ def summarize(
     """
     check(logits_NC, labels_N)
     if class_counts_C.shape != logits_NC.shape[1:]:
-        raise ValueError(
-            f"class counts have shape {class_counts_C.shape}; expected ({logits_NC.shape[1]},)"
-        )
+        raise ValueError(f"class counts have shape {class_counts_C.shape}; expected ({logits_NC.shape[1]},)")
     log_probability_NC = log_softmax(logits_NC.astype(np.float64), axis=1)
     predictions_N = logits_NC.argmax(1)
     right_N = predictions_N == labels_N

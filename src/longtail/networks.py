@@ -79,9 +79,7 @@ class Expert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         features_BD = self.group3(self.group2(x)).mean((2, 3))
-        with torch.autocast(
-            x.device.type, enabled=False
-        ):  # logits in float32, whatever the trunk uses
+        with torch.autocast(x.device.type, enabled=False):  # logits in float32, whatever the trunk uses
             return self.head(features_BD.float())
 
 
@@ -129,9 +127,7 @@ class ResNet(nn.Module):
         self.conv1 = nn.Conv2d(channels, width, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.group1 = group(blocks, width, width, stride=1)
-        self.experts = nn.ModuleList(
-            Expert(blocks, width, classes, head, scale) for _ in range(experts)
-        )
+        self.experts = nn.ModuleList(Expert(blocks, width, classes, head, scale) for _ in range(experts))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
@@ -149,12 +145,8 @@ def product(logits_EBC: Tensor) -> Tensor:
 
 def to_bytes(network: ResNet) -> bytes:
     """Weights and settings in the safetensors format: the same network gives the same bytes, and nothing is pickled."""
-    weights = {
-        name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()
-    }
-    return safetensors.torch.save(
-        weights, {"network": json.dumps(network.settings, sort_keys=True)}
-    )
+    weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    return safetensors.torch.save(weights, {"network": json.dumps(network.settings, sort_keys=True)})
 
 
 def save(network: ResNet, path: str | Path) -> Path:

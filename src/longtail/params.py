@@ -1,6 +1,7 @@
 """The schema of params.yaml: an unknown, missing, mistyped or out-of-range key stops before anything runs."""
 
 import ast
+import pkgutil
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -124,9 +125,7 @@ class Recipe(Block):
     def _schedule_fits(self) -> "Recipe":
         late = [step for step in self.schedule.milestones if step >= self.epochs]
         if self.schedule.warmup_epochs > self.epochs or late:
-            raise ValueError(
-                f"schedule goes on after the last of {self.epochs} epochs: {late or 'warmup_epochs'}"
-            )
+            raise ValueError(f"schedule goes on after the last of {self.epochs} epochs: {late or 'warmup_epochs'}")
         return self
 
 
@@ -145,9 +144,7 @@ class Evaluate(Block):
     @model_validator(mode="after")
     def _groups_are_apart(self) -> "Evaluate":
         if self.few_below > self.many_above + 1:
-            raise ValueError(
-                f"few_below ({self.few_below}) is above many_above ({self.many_above}): groups overlap"
-            )
+            raise ValueError(f"few_below ({self.few_below}) is above many_above ({self.many_above}): groups overlap")
         return self
 
 
@@ -162,11 +159,7 @@ def signature_block(file: Path, function: str) -> type[Block]:
     """
     body: list[ast.stmt] = ast.parse(file.read_text()).body
     for part in function.split("."):
-        node = next(
-            item
-            for item in body
-            if isinstance(item, (ast.ClassDef, ast.FunctionDef)) and item.name == part
-        )
+        node = next(item for item in body if isinstance(item, (ast.ClassDef, ast.FunctionDef)) and item.name == part)
         body = node.body
     assert isinstance(node, ast.FunctionDef)
     fields: dict[str, Any] = {}
@@ -175,11 +168,12 @@ def signature_block(file: Path, function: str) -> type[Block]:
             raise TypeError(f"{file}: argument {argument.arg!r} of {function} has no annotation")
         kind = eval(ast.unparse(argument.annotation), dict(vars(ranges)))  # our own source, not input
         fields[argument.arg] = (kind, ... if default is None else ast.literal_eval(default))
-    return create_model(file.stem, __base__=Block, **fields)
+    return create_model(function, __base__=Block, **fields)
 
 
 def _choices(folder: str) -> list[str]:
-    return sorted(file.stem for file in (LIBRARY / folder).glob("*.py") if file.stem != "__init__")
+    """Names of what lies in a folder of the library, one file or one package each."""
+    return sorted(module.name for module in pkgutil.iter_modules([str(LIBRARY / folder)]))
 
 
 def _describe(error: Any, where: str) -> str:
@@ -208,11 +202,7 @@ def _validated(model: type[Block], value: Any, where: str, problems: list[str]) 
             if item["type"] in ("extra_forbidden", "missing"):
                 allowed = model
                 for part in item["loc"][:-1]:
-                    field = (
-                        allowed.model_fields.get(str(part))
-                        if issubclass(allowed, BaseModel)
-                        else None
-                    )
+                    field = allowed.model_fields.get(str(part)) if issubclass(allowed, BaseModel) else None
                     kind = field.annotation if field is not None else None
                     if not (isinstance(kind, type) and issubclass(kind, Block)):
                         break
@@ -239,12 +229,14 @@ def validate(value: Any, file: str = "params.yaml") -> None:
         problems.append(f"{key}: unknown key; allowed: {', '.join(SECTIONS)}")
     for key in [section for section in SECTIONS if section not in value]:
         problems.append(f"{key}: missing")
-    for section, model in (("plans", Plan), ("datasets", Dataset), ("recipes", Recipe)):
+    named: dict[str, type[Block]] = {"plans": Plan, "datasets": Dataset, "recipes": Recipe}
+    for section, model in named.items():
         for name, block in _section(value, section, problems).items():
             _validated(model, block, f"{section}.{name}", problems)
-    for section, model in (("align", Align), ("evaluate", Evaluate)):
+    singles: dict[str, type[Block]] = {"align": Align, "evaluate": Evaluate}
+    for section, single in singles.items():
         if section in value:
-            _validated(model, value[section], section, problems)
+            _validated(single, value[section], section, problems)
     for name, block in _section(value, "methods", problems).items():
         if name not in _choices("losses"):
             problems.append(
@@ -256,11 +248,9 @@ def validate(value: Any, file: str = "params.yaml") -> None:
     for name, block in _section(value, "sources", problems).items():
         reader = block.get("reader") if isinstance(block, dict) else None
         if reader not in _choices("sources"):
-            problems.append(
-                f"sources.{name}.reader = {reader!r}: must be one of {', '.join(_choices('sources'))}"
-            )
+            problems.append(f"sources.{name}.reader = {reader!r}: must be one of {', '.join(_choices('sources'))}")
         else:
-            schema = signature_block(LIBRARY / "sources" / f"{reader}.py", "read")
+            schema = signature_block(LIBRARY / "sources" / reader / "__init__.py", "read")
             settings = {key: item for key, item in block.items() if key != "reader"}
             _validated(schema, settings, f"sources.{name}", problems)
     _check_names(value, problems)
@@ -280,9 +270,7 @@ def _section(value: dict[str, Any], section: str, problems: list[str]) -> dict[s
         if isinstance(name, str) and re.match(pattern, name):
             good[name] = block
         else:
-            problems.append(
-                f"{section}.{name}: a name is lower-case letters and digits, parted by '_', not {name!r}"
-            )
+            problems.append(f"{section}.{name}: a name is lower-case letters and digits, parted by '_', not {name!r}")
     return good
 
 
@@ -295,9 +283,7 @@ def _check_names(value: dict[str, Any], problems: list[str]) -> None:
 
     def check(key: str, name: Any, section: str) -> None:
         if isinstance(name, str) and name not in known(section):
-            problems.append(
-                f"{key} = {name!r}: not in {section}; there are {', '.join(map(str, known(section)))}"
-            )
+            problems.append(f"{key} = {name!r}: not in {section}; there are {', '.join(map(str, known(section)))}")
 
     for plan in known("plans"):
         block = value["plans"][plan]

@@ -1,6 +1,6 @@
 """The kinds of values that params.yaml may hold, as annotations.
 
-The keyword-only arguments of a loss (`losses/<method>.py`) or reader (`sources/<reader>.py`) are annotated with
+The keyword-only arguments of a loss (`losses/<method>.py`) or reader (`sources/<reader>`) are annotated with
 these; params.py reads the annotations off the file, so that a new one needs no entry anywhere else.
 """
 
@@ -21,9 +21,7 @@ __all__ = [
     "Url",
 ]
 
-Name = Annotated[
-    str, Field(pattern=r"^[a-z0-9]+(_[a-z0-9]+)*$")
-]  # no '-': it separates a stage name's parts
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]+(_[a-z0-9]+)*$")]  # no '-': it separates a stage name's parts
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]

@@ -400,9 +400,7 @@ def answer(dataset: str, recipe: str, table: Sequence[Row]) -> str:
         return f"{where}no run is in yet."
     first = ranked[0]
     if len(ranked) == 1:
-        return (
-            f"{where}only {method_name(first['method'])} has run: {percent(first)} ({seeds_text([first])})."
-        )
+        return f"{where}only {method_name(first['method'])} has run: {percent(first)} ({seeds_text([first])})."
     second = ranked[1]
     lead = first["accuracy_mean"] - second["accuracy_mean"]
     text = (
@@ -561,8 +559,7 @@ def missing(results: Results, dataset: str) -> list[str]:
         if key[0] == dataset:
             lines.setdefault(f"{method_name(key[2])}, recipe {key[1]}", []).append(str(key[3]))
     return [
-        f"Not run yet: {head}, seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}."
-        for head, seeds in lines.items()
+        f"Not run yet: {head}, seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}." for head, seeds in lines.items()
     ]
 
 

@@ -60,11 +60,7 @@ def md5(path: str | Path) -> str:
     """The MD5 of a file as DVC has it; of a folder, one over its files' names and MD5s (the guard's own)."""
     path = Path(path)
     if path.is_dir():
-        lines = [
-            f"{file.relative_to(path)} {md5(file)}"
-            for file in sorted(path.rglob("*"))
-            if file.is_file()
-        ]
+        lines = [f"{file.relative_to(path)} {md5(file)}" for file in sorted(path.rglob("*")) if file.is_file()]
         return hashlib.md5("\n".join(lines).encode()).hexdigest()
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "md5").hexdigest()
@@ -77,20 +73,14 @@ def declared() -> Stage:
     """
     address = os.environ.get("DVC_STAGE")
     if not address:
-        sys.exit(
-            f"{sys.argv[0]} is a stage of the pipeline: run it with `dvc repro`, see README.md"
-        )
+        sys.exit(f"{sys.argv[0]} is a stage of the pipeline: run it with `dvc repro`, see README.md")
     from dvc.repo import Repo  # half a second: only where a stage really runs
 
     with Repo() as repo:
         stage = repo.stage.collect(address)[0]
         folder = Path(stage.wdir)
         keys = [key for dep in stage.deps if hasattr(dep, "params") for key in dep.params]
-        deps = [
-            Path(dep.fs_path).relative_to(folder).as_posix()
-            for dep in stage.deps
-            if not hasattr(dep, "params")
-        ]
+        deps = [Path(dep.fs_path).relative_to(folder).as_posix() for dep in stage.deps if not hasattr(dep, "params")]
         return Stage(stage.name, stage.cmd, sorted(deps), sorted(keys))
 
 

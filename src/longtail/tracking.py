@@ -40,9 +40,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
 
 EXPERIMENT = "longtail"
-EXPERIMENT_TAGS = {
-    "mlflow.experimentKind": "custom_model_development"
-}  # or the page opens on traces of agents
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # or the page opens on traces of agents
 LOCK = "stages/dvc.lock"
 STAGES = ("train", "predict", "align", "evaluate")
 STAGE_NAME = re.compile(
@@ -79,13 +77,17 @@ class TrackingError(ValueError):
 
 @dataclass(frozen=True)
 class Summary:
-    """What a sync did, in runs of cells; `notes` says what was left out, and why."""
+    """What a sync did, in runs of cells.
+
+    `notes` says what was left out, and why; `page` is where the runs are, below the address of a server.
+    """
 
     created: int
     finished: int
     unchanged: int
     superseded: int
     notes: tuple[str, ...]
+    page: str
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,8 @@ class Cell:
 
     @property
     def title(self) -> str:
-        """The run's name: the method first, since lists cut names at the end."""
-        return f"{self.method} · {self.dataset} · {self.recipe} · seed {self.seed}"
+        """The run's name, what differs most in front: lists cut names after some 15 letters."""
+        return f"{self.method} · seed {self.seed} · {self.dataset} · {self.recipe}"
 
     def stage(self, kind: str) -> str:
         """The name of one of its stages in stages/dvc.yaml."""
@@ -141,8 +143,9 @@ class Result:
 
     def rows(self) -> Iterator[tuple[str, float, int, int]]:
         """All numbers as (name, value, timestamp in ms, step); the same result gives the same rows."""
-        for name, value in self.metrics.items():  # first: the compare page begins with what was first
-            yield name, value, self.ended_ms, self.last_epoch
+        # First, as the compare page plots what was first; at step 0, as the pages draw bars for that and points else.
+        for name, value in self.metrics.items():
+            yield name, value, self.ended_ms, 0
         for number, (epoch, values) in enumerate(self.curves, 1):
             passed = (self.ended_ms - self.started_ms) * number // len(self.curves)
             for name, value in values.items():
@@ -172,14 +175,10 @@ def read_lock(root: Path) -> dict[str, dict[str, Any]]:
             raise TrackingError(f"{path}: stages.{name} is no entry with a cmd")
         for which in ("deps", "outs"):
             items = entry.get(which, [])
-            if not isinstance(items, list) or not all(
-                isinstance(item, dict) and "path" in item for item in items
-            ):
+            if not isinstance(items, list) or not all(isinstance(item, dict) and "path" in item for item in items):
                 raise TrackingError(f"{path}: stages.{name}.{which} is no list of {{path, md5, ...}}")
         declared = entry.get("params", {})
-        if not isinstance(declared, dict) or not all(
-            isinstance(values, dict) for values in declared.values()
-        ):
+        if not isinstance(declared, dict) or not all(isinstance(values, dict) for values in declared.values()):
             raise TrackingError(f"{path}: stages.{name}.params is no {{file: {{key: value}}}}")
     return stages
 
@@ -200,9 +199,7 @@ def results(root: Path, plans: Sequence[str] | None) -> tuple[list[Result], list
     known = sorted({cell.plan for cell in cells})
     for plan in plans or ():
         if plan not in known:
-            raise TrackingError(
-                f"{root / LOCK}: nothing of plan {plan!r}; it has {', '.join(known) or 'none'}"
-            )
+            raise TrackingError(f"{root / LOCK}: nothing of plan {plan!r}; it has {', '.join(known) or 'none'}")
     found, notes = [], []
     for cell, entries in cells.items():
         if plans is not None and cell.plan not in plans:
@@ -244,9 +241,7 @@ def _changed(root: Path, cell: Cell, entries: Mapping[str, Mapping[str, Any]]) -
     return ""
 
 
-def _result(
-    root: Path, cell: Cell, entries: Mapping[str, Mapping[str, Any]], subsample: Mapping[str, Any]
-) -> Result:
+def _result(root: Path, cell: Cell, entries: Mapping[str, Mapping[str, Any]], subsample: Mapping[str, Any]) -> Result:
     train = entries["train"]
     training = fingerprint(train["cmd"], _files(train, "deps"), _keys(train))
     facts = {
@@ -429,7 +424,8 @@ def _plan_run(store: Store, runs: "Iterable[Run]", plan: str) -> "Run":
             return run
     note = (
         f"All cells of the plan `{plan}`; the table of means and deviations is among the artifacts.\n\n"
-        "To compare: expand this run, tick cells, press *Compare*. For the current results alone, search "
+        "To compare: choose *Model training* at the top left, expand this run in the list, tick cells, press "
+        "*Compare*. *Group by* `method` gives means over seeds. For the current results alone, search "
         f"`tags.\"longtail.plan\" = '{plan}' AND tags.\"longtail.current\" = 'yes'`.\n\n"
         "Plain names (`accuracy few`) are raw logits on the test set at the last epoch; `aligned .../` is "
         "the same after energy alignment; `curve/` is training. Fractions; nll in nats."
@@ -469,9 +465,11 @@ def sync(root: str | Path, plans: Sequence[str] | None = None) -> Summary:
     """
     root = Path(root).resolve()
     found, notes = results(root, plans)
+    page = ""
     counts = dict.fromkeys(("created", "finished", "unchanged", "superseded"), 0)
     if found:
         with open_store(root) as store:
+            page = f"/#/experiments/{store.experiment}/runs?workflowType=machine_learning"
             about = _about(root)
             runs = store.runs()
             parents = {plan: _plan_run(store, runs, plan) for plan in {result.cell.plan for result in found}}
@@ -490,7 +488,7 @@ def sync(root: str | Path, plans: Sequence[str] | None = None) -> Summary:
                 counts["superseded"] += sum(_supersede(store, root, run, result) for run in others)
             for plan, parent in parents.items():
                 notes += _upload(store, root, plan, parent)
-    return Summary(**counts, notes=tuple(notes))
+    return Summary(**counts, notes=tuple(notes), page=page)
 
 
 def _cell(run: "Run") -> Cell | None:
@@ -538,7 +536,7 @@ def _complete(store: Store, run: "Run", result: Result, tags: dict[str, str]) ->
     client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
     if result.data is not None:
         path, md5 = result.data
-        data = Dataset(result.cell.dataset, md5, "local", json.dumps({"uri": path}))
+        data = Dataset(result.cell.dataset, md5[:8], "local", json.dumps({"uri": path, "md5": md5}))
         context = InputTag("mlflow.data.context", "training")
         client.log_inputs(run_id, datasets=[DatasetInput(data, [context])])
     client.set_terminated(run_id, "FINISHED", end_time=max(result.ended_ms, run.info.start_time))
@@ -651,12 +649,13 @@ def track(root: str | Path, plans: Sequence[str] | None = None) -> None:
             print(f"{table.parent.name}: {_near(table)}" + (f", page {_near(page)}" if page.exists() else ""))
     uri, database = location(root)
     if database is None:
-        print(f"runs: {uri}")
+        print(f"runs: {uri.rstrip('/')}{summary.page}")
     else:
         store = shlex.quote(f"sqlite:///{_near(database)}")
         # one reader needs one worker and no job runners: 0.4 GB instead of 2.3
         switches = "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false"
         print(f"runs: {switches} mlflow ui --backend-store-uri {store} --workers 1")
+        print(f"      then open http://127.0.0.1:5000{summary.page}")
 
 
 def _near(path: Path) -> str:
@@ -692,9 +691,7 @@ class _LiveRun:
                     self._go_on(run)
                     break
             else:
-                run = self.client.create_run(
-                    store.experiment, start_time=start["time"], tags=tags, run_name=cell.title
-                )
+                run = self.client.create_run(store.experiment, start_time=start["time"], tags=tags, run_name=cell.title)
                 self.run_id = run.info.run_id
                 self._describe(cell, start["params"])
 

@@ -40,14 +40,10 @@ def train(
     recipe = dict(recipe)
     arrays = files.load_arrays(data)
     device, classes = inference.find_device(), len(arrays["class_names"])
-    train_split = batches.Split.from_arrays(
-        arrays["train_images"], arrays["train_labels"], classes, device
-    )
+    train_split = batches.Split.from_arrays(arrays["train_images"], arrays["train_labels"], classes, device)
     held_out = None
     if len(arrays["held_out_labels"]):
-        held_out = batches.Split.from_arrays(
-            arrays["held_out_images"], arrays["held_out_labels"], classes, device
-        )
+        held_out = batches.Split.from_arrays(arrays["held_out_images"], arrays["held_out_labels"], classes, device)
 
     seed = int(cell["seed"])
     inference.set_up(seed)
@@ -93,9 +89,7 @@ def train(
         "images_per_s": images / seconds,
         **describe(device),
     }
-    files.write_json(
-        Path(model).parent / "machine.json", machine
-    )  # no out: another machine writes another one
+    files.write_json(Path(model).parent / "machine.json", machine)  # no out: another machine writes another one
     checkpoint.remove()
 
 
@@ -114,9 +108,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(
-            (line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu
-        )
+        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "device": device.type, "cpu": cpu, "gpu": gpu, "threads": torch.get_num_threads(), "torch": torch.__version__,
@@ -129,11 +121,7 @@ class Progress:
     def __init__(self, name: str, epochs: int):
         self.name, self.epochs = name, epochs
         self.quiet = bool(os.environ.get("LONGTAIL_QUIET"))
-        self.bar = (
-            None
-            if self.quiet or not sys.stderr.isatty()
-            else tqdm(total=epochs, desc=name, unit="epoch")
-        )
+        self.bar = None if self.quiet or not sys.stderr.isatty() else tqdm(total=epochs, desc=name, unit="epoch")
 
     def __enter__(self) -> "Progress":
         return self

@@ -60,9 +60,7 @@ class Loss(BaseLoss):
         # d loss / d z = (softmax - one-hot) / (experts * batch): no second backward pass is needed
         experts, batch = adjusted_EBC.shape[:2]
         probability_EBC = adjusted_EBC.softmax(-1)
-        own_EB = probability_EBC.gather(2, labels_B.view(1, -1, 1).expand(experts, -1, 1)).squeeze(
-            2
-        )
+        own_EB = probability_EBC.gather(2, labels_B.view(1, -1, 1).expand(experts, -1, 1)).squeeze(2)
         positive_B = weight * (1 - own_EB).sum(0) / (experts * batch)
         negative_B = weight * (probability_EBC.sum(2) - own_EB).sum(0) / (experts * batch)
         self.positive_C.index_add_(0, labels_B, positive_B)

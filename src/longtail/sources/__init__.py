@@ -1,4 +1,4 @@
-"""Readers of image data, one a file: a reader's name in params.yaml is its file name here.
+"""Readers of image data, one a folder: a reader's name in params.yaml is its folder's name here.
 
 Every reader exports `read(folder, **settings)` and returns the arrays of data/raw/<source>.npz:
 
@@ -20,9 +20,9 @@ Read = Callable[..., dict[str, np.ndarray]]
 
 
 def load(reader: str) -> Read:
-    """The `read` function of longtail/sources/<reader>.py.
+    """The `read` function of longtail/sources/<reader>.
 
-    Raises ValueError naming the readers there are when there is no such file.
+    Raises ValueError naming the readers there are when there is no such folder.
     """
     readers = sorted(module.name for module in pkgutil.iter_modules(__path__))
     if reader not in readers:

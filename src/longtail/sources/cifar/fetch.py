@@ -39,9 +39,7 @@ def download(url: str, path: str | Path, md5: str, *, progress: bool = True) -> 
     path = Path(path)
     if path.exists():
         if (got := _md5(path)) != md5:
-            raise DownloadError(
-                f"{path}: has MD5 {got}, expected {md5} ({url}); remove it, or put the right one there"
-            )
+            raise DownloadError(f"{path}: has MD5 {got}, expected {md5} ({url}); remove it, or put the right one there")
         return path
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,12 +81,8 @@ def _receive(url: str, part: Path, progress: bool) -> bool:
             return True
         raise
     with response:
-        if response.status == 206 and not response.headers.get("Content-Range", "").startswith(
-            f"bytes {have}-"
-        ):
-            raise http.client.HTTPException(
-                f"not the range asked for: {response.headers.get('Content-Range')}"
-            )
+        if response.status == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            raise http.client.HTTPException(f"not the range asked for: {response.headers.get('Content-Range')}")
         if response.status != 206:
             have = 0  # a server without ranges sends the file from its start
         length = response.headers.get("Content-Length")

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from longtail.fetch import MIRROR, download
+from longtail.sources.cifar.fetch import MIRROR, download
 from longtail.ranges import Hashes, Md5, Url
 
 SIZE = 32
@@ -121,9 +121,7 @@ def _in_order(parts: list[Part], num_classes: int, sha256: str | None) -> tuple[
     for part in parts:
         for row, label in enumerate(part.labels):
             if not 0 <= label < num_classes:
-                raise ValueError(
-                    f"{part.where}: row {row} has label {label}; allowed is 0 to {num_classes - 1}"
-                )
+                raise ValueError(f"{part.where}: row {row} has label {label}; allowed is 0 to {num_classes - 1}")
     where = ", ".join(part.where for part in parts)
     images = np.concatenate([part.images for part in parts])
     labels = np.concatenate([np.asarray(part.labels, np.int64) for part in parts])
@@ -142,9 +140,7 @@ def _in_order(parts: list[Part], num_classes: int, sha256: str | None) -> tuple[
     images, labels = np.ascontiguousarray(images[order]), labels[order]
     got = hashlib.sha256(images.data).hexdigest()
     if sha256 is not None and got != sha256:
-        raise ValueError(
-            f"{where}: the pixels have SHA-256 {got}, expected {sha256}: damaged, or other images"
-        )
+        raise ValueError(f"{where}: the pixels have SHA-256 {got}, expected {sha256}: damaged, or other images")
     return images, labels
 
 
@@ -156,8 +152,7 @@ def _read_mirror(mirror: str, name: str, layout: Layout) -> tuple[Splits, list[s
     try:
         files, root = fsspec.core.url_to_fs(mirror)
         found = {
-            split: sorted(files.glob(f"{root.rstrip('/')}/{name}/{split}-*.parquet"))
-            for split in ("train", "test")
+            split: sorted(files.glob(f"{root.rstrip('/')}/{name}/{split}-*.parquet")) for split in ("train", "test")
         }
     except Exception as error:  # whatever the file system behind the URL raises
         raise ValueError(f"{MIRROR}: {mirror!r} cannot be read ({type(error).__name__}: {error})") from error
@@ -231,17 +226,13 @@ def _mirror_class_names(path: str, schema: pa.Schema, layout: Layout) -> list[st
         else:
             names = json.loads(metadata[b"huggingface"])["info"]["features"][layout.column]["names"]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: no class names in the schema's metadata ('classes' or 'huggingface')"
-        ) from error
+        raise ValueError(f"{path}: no class names in the schema's metadata ('classes' or 'huggingface')") from error
     return _checked_names(names, path, layout.num_classes)
 
 
 def _checked_names(names: Any, where: str, num_classes: int) -> list[str]:
     if not isinstance(names, list) or not len(names) == len(set(map(str, names))) == num_classes:
-        raise ValueError(
-            f"{where}: its class names are {names!r:.200}; allowed are {num_classes} different ones"
-        )
+        raise ValueError(f"{where}: its class names are {names!r:.200}; allowed are {num_classes} different ones")
     return [str(name) for name in names]
 
 
@@ -334,8 +325,7 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.stand_ins:
             raise pickle.UnpicklingError(
-                f"it asks for {module}.{name}; "
-                "allowed are lists, dictionaries, numbers, text and arrays of bytes"
+                f"it asks for {module}.{name}; allowed are lists, dictionaries, numbers, text and arrays of bytes"
             )
         return self.stand_ins[module, name]
 
