@@ -46,6 +46,7 @@ class Fitted:
     last: bytes
     best: bytes | None
     best_epoch: int | None
+    seconds: float  # of training and held-out evaluation, those before a resume included
 
 
 class Checkpoint:
@@ -118,13 +119,13 @@ def fit(
         "batch_size": batch_size, "drop_last": drop_last, "augmentation": augmentation, "mixup_alpha": mixup_alpha,
         "precision": precision, "seed": seed,
     }  # fmt: skip
-    fitted, done = Fitted([], b"", None, None), 0
+    fitted, done = Fitted([], b"", None, None, 0.0), 0
     state = checkpoint.load()
     if state is not None:
         for part, name in ((network, "network"), (loss, "loss"), (sgd, "sgd")):
             part.load_state_dict(state[name])
         done = state["done"]
-        fitted = Fitted(state["history"], b"", _bytes(state["best"]), state["best_epoch"])
+        fitted = Fitted(state["history"], b"", _bytes(state["best"]), state["best_epoch"], state["seconds"])
     for epoch in range(done + 1, epochs + 1):
         lr = optimizer["lr"] * lr_factor(epoch, epochs=epochs, **schedule)
         for param_group in sgd.param_groups:
@@ -134,12 +135,7 @@ def fit(
         seconds = perf_counter() - start
         if not math.isfinite(mean_loss):
             raise FloatingPointError(f"the loss is {mean_loss} in epoch {epoch} of {epochs} at lr {lr:g}")
-        row: dict[str, Any] = {
-            "epoch": epoch,
-            "lr": lr,
-            "loss": mean_loss,
-            "train_accuracy": accuracy,
-        }
+        row: dict[str, Any] = {"epoch": epoch, "lr": lr, "loss": mean_loss, "train_accuracy": accuracy}
         row["held_out_accuracy"] = None
         if held_out is not None:
             row["held_out_accuracy"] = held_out_accuracy(network, held_out, precision=precision)
@@ -147,13 +143,14 @@ def fit(
             if row["held_out_accuracy"] > best_so_far:
                 fitted.best, fitted.best_epoch = networks.to_bytes(network), epoch
         fitted.history.append(row)
+        fitted.seconds += perf_counter() - start
         on_epoch({**row, "images_per_s": images / seconds})
 
         def snapshot(done: int = epoch) -> dict[str, Any]:
             best = None if fitted.best is None else torch.frombuffer(bytearray(fitted.best), dtype=torch.uint8)
             return {
                 "network": network.state_dict(), "loss": loss.state_dict(), "sgd": sgd.state_dict(), "done": done,
-                "history": fitted.history, "best": best, "best_epoch": fitted.best_epoch,
+                "history": fitted.history, "best": best, "best_epoch": fitted.best_epoch, "seconds": fitted.seconds,
             }  # fmt: skip
 
         checkpoint.save(snapshot)

@@ -304,7 +304,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{key}.")
         elif isinstance(value, (list, tuple)):
-            flat[f"{prefix}{key}"] = ", ".join(map(_text, value))
+            flat[f"{prefix}{key}"] = ", ".join(map(_text, value)) or "none"
         else:
             flat[f"{prefix}{key}"] = _text(value)
     return flat

@@ -5,7 +5,6 @@ import platform
 import sys
 from contextlib import suppress
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -37,6 +36,7 @@ def train(
 
     Raises ValueError for arrays that do not fit the recipe, FloatingPointError for a loss that is not finite.
     """
+    shown = {"recipe": recipe, "method": method}
     recipe = dict(recipe)
     arrays = files.load_arrays(data)
     device, classes = inference.find_device(), len(arrays["class_names"])
@@ -58,10 +58,8 @@ def train(
     ).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     checkpoint = engine.Checkpoint(Path("runs/.checkpoints") / f"{fingerprint}.pt", fingerprint)
-    flat = {**{f"recipe.{key}": value for key, value in recipe.items()}, **method}
     name = " ".join(cell.values())
-    start, images = perf_counter(), 0.0
-    with Live(cell, fingerprint, flat) as live, Progress(name, recipe["epochs"]) as progress:
+    with Live(cell, fingerprint, shown) as live, Progress(name, recipe["epochs"]) as progress:
 
         def on_epoch(row: dict[str, Any]) -> None:
             progress.show(row)
@@ -80,7 +78,6 @@ def train(
             )
         except FloatingPointError as error:
             raise FloatingPointError(f"{name}: {error}") from error
-    seconds = perf_counter() - start
     images = len(train_split.labels) * recipe["epochs"]
     _write(fitted, Path(model), history)
     machine = {

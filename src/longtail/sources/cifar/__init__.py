@@ -25,8 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from longtail.sources.cifar.fetch import MIRROR, download
 from longtail.ranges import Hashes, Md5, Url
+from longtail.sources.cifar.fetch import MIRROR, download
 
 SIZE = 32
 LOSSLESS = ("WEBP", "PNG")  # no other decoder is tried: a JPEG would be other pixels
