@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from longtail import batches, engine, files, inference, losses, networks
-from longtail.live import Live
+from longtail.live import Live, versions
 
 HISTORY = ["epoch", "lr", "loss", "train_accuracy", "held_out_accuracy"]
 
@@ -80,12 +80,8 @@ def train(
             raise FloatingPointError(f"{name}: {error}") from error
     images = len(train_split.labels) * recipe["epochs"]
     _write(fitted, Path(model), history)
-    machine = {
-        "training": fingerprint,
-        "seconds": seconds,
-        "images_per_s": images / seconds,
-        **describe(device),
-    }
+    speed = {"seconds": fitted.seconds, "images_per_s": images / fitted.seconds}
+    machine = {"training": fingerprint, **speed, **describe(device), "versions": versions()}
     files.write_json(Path(model).parent / "machine.json", machine)  # no out: another machine writes another one
     checkpoint.remove()
 
