@@ -25,10 +25,12 @@ def find_device() -> torch.device:
 
 
 def set_up(seed: int) -> None:
-    """Seed the initialisation and allow deterministic algorithms only."""
+    """Seed the initialisation and allow deterministic algorithms and true float32 only."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
     torch.manual_seed(seed)
     torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms would import the compiler: 1.3 s
     torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def logits(network: networks.ResNet, split: batches.Split, *, precision: str) -> Tensor:

@@ -57,7 +57,8 @@ def train(
         **recipe.pop("normalization"),
     ).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    checkpoint = engine.Checkpoint(Path("runs/.checkpoints") / f"{fingerprint}.pt", fingerprint)
+    identity = f"{fingerprint} torch {torch.__version__}"
+    checkpoint = engine.Checkpoint(Path("runs/.checkpoints") / f"{fingerprint}.pt", identity)
     name = " ".join(cell.values())
     with Live(cell, fingerprint, shown) as live, Progress(name, recipe["epochs"]) as progress:
 
