@@ -144,6 +144,13 @@ def test_the_table_of_params_is_what_dvc_says():
     assert result.returncode == 0, result.stderr
 
 
+def test_the_readmes_table_is_that_of_the_committed_results():
+    result = subprocess.run(
+        [sys.executable, "docs/readme_table.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
 class Clone:
     """A copy of the working tree with a plan of two short cells, and DVC in it."""
 
@@ -191,9 +198,11 @@ class Clone:
     def restore(self) -> None:
         (self.root / "params.yaml").write_text(self.original)
 
+    def lock(self) -> dict[str, dict]:
+        return yaml.safe_load((self.root / "stages" / "dvc.lock").read_text())["stages"]
+
     def outs(self, stage: str) -> dict[str, str]:
-        lock = yaml.safe_load((self.root / "stages" / "dvc.lock").read_text())
-        return {out["path"]: out["md5"] for out in lock["stages"][stage]["outs"]}
+        return {out["path"]: out["md5"] for out in self.lock()[stage]["outs"]}
 
 
 CE, GALA = "digits_if20-digits-ce-0", "digits_if20-digits-gala-0"
@@ -286,6 +295,28 @@ def test_wrong_params_run_nothing(clone):
     assert result.returncode != 0
     assert "evaluate.ece_bins = 0: input should be greater than or equal to 1" in output
     assert "Running stage 'stages/dvc.yaml:evaluate" not in output
+
+
+def test_params_edited_during_a_training_are_not_recorded_as_its_own(clone):
+    """DVC hashes params when a stage ends; without the guard the lock would say lambda1 3 for a network of 1."""
+    stage = f"train-quick@{GALA}"
+    clone.edit("epochs: 3\n", "epochs: 30\n")
+    before = clone.lock()[stage]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dvc", "repro", "-s", f"stages/dvc.yaml:{stage}"], cwd=clone.root, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(clone.root / "src")},
+    )  # fmt: skip
+    assert process.stdout is not None
+    output = ""
+    for line in process.stdout:
+        output += line
+        if "epoch 1/30" in line:
+            clone.edit("lambda1: 1.0", "lambda1: 3.0")
+    assert process.wait() != 0
+    assert f"{stage}: its code, data or params were edited while it ran" in output
+    assert clone.lock()[stage] == before
+    clone.restore()
+    clone.repro()
 
 
 def test_a_broken_file_between_stages_is_named_and_leaves_nothing(clone):
