@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from longtail import files, report
+from longtail import files, outcomes, report
 
 PLAN = {
     "datasets": ["toy_if10"],
@@ -85,11 +85,11 @@ def quoted(**other):
 
 
 def write_published(folder, *rows):
-    return files.write_csv(folder / "published.csv", rows, report.PUBLISHED)
+    return files.write_csv(folder / "published.csv", rows, outcomes.PUBLISHED)
 
 
 def table_of(cells, plan=PLAN, published=()):
-    return report.rows(report.read("toy", plan, cells), published)
+    return outcomes.rows(outcomes.read("toy", plan, cells), published)
 
 
 def find(table, method, correction="raw"):
@@ -108,7 +108,7 @@ def written(cells, published, out, plan=PLAN):
 def test_rows_have_the_means_and_sample_deviations_of_the_seeds(cells):
     table = table_of(cells)
     assert [(row["method"], row["correction"]) for row in table] == [
-        (method, correction) for method in ("ce", "balpoe") for correction in report.CORRECTIONS
+        (method, correction) for method in ("ce", "balpoe") for correction in outcomes.CORRECTIONS
     ]
     row = find(table, "ce")
     assert (row["n"], row["planned"], row["seeds"]) == (2, 2, [0, 1])
@@ -143,15 +143,15 @@ def test_without_held_out_images(tmp_path):
     table = table_of(tmp_path)
     assert [row["correction"] for row in table] == ["raw", "aligned_on_train"] * 2
     assert table[0]["best_on_held_out_n"] == 0 and table[0]["best_on_held_out_mean"] is None
-    results = report.read("toy", PLAN, tmp_path)
-    assert {row["aligned_on"] for row in report.classes(results)} == {"train"}
-    assert {row["held_out_accuracy"] for row in report.curves(results)} == {None}
+    results = outcomes.read("toy", PLAN, tmp_path)
+    assert {row["aligned_on"] for row in outcomes.classes(results)} == {"train"}
+    assert {row["held_out_accuracy"] for row in outcomes.curves(results)} == {None}
     assert "held-out" not in report.answers(table)[0].text
     assert report.html(results, [])
 
 
 def test_published_value_stands_beside_raw_rows_only(cells, published):
-    table = table_of(cells, published=report.read_published(published))
+    table = table_of(cells, published=outcomes.read_published(published))
     row = find(table, "balpoe")
     assert row["published"] == 0.6 and row["published_sd"] == 0.005
     assert row["difference"] == pytest.approx(3.0)  # points: 63 - 60
@@ -164,19 +164,19 @@ def test_published_value_stands_beside_raw_rows_only(cells, published):
 
 
 def test_curves_and_classes_are_tidy(cells):
-    results = report.read("toy", PLAN, cells)
-    lines = report.curves(results)
+    results = outcomes.read("toy", PLAN, cells)
+    lines = outcomes.curves(results)
     assert len(lines) == 4 * 3
     assert [line["epoch"] for line in lines[:3]] == [1, 2, 3]
-    assert list(report.CURVES) == list(lines[0]) and lines[0]["loss"] == 1.0
-    rows = report.classes(results)
-    assert len(rows) == 2 * 3 and list(rows[0]) == list(report.CLASSES)
+    assert list(outcomes.CURVES) == list(lines[0]) and lines[0]["loss"] == 1.0
+    rows = outcomes.classes(results)
+    assert len(rows) == 2 * 3 and list(rows[0]) == list(outcomes.CLASSES)
     assert rows[0]["train_images"] == 100 and rows[0]["raw"] == pytest.approx(0.52)
     assert rows[0]["aligned"] == pytest.approx(0.56) and rows[0]["aligned_on"] == "held_out"
 
 
 def test_summary_is_small_and_takes_the_held_out_alignment(cells):
-    summary = report.summary(table_of(cells))
+    summary = outcomes.summary(table_of(cells))
     assert summary == {
         "toy_if10": {
             "plain": {
@@ -223,15 +223,15 @@ def test_best_row_is_bold_once_and_recipes_are_answered_apart(cells):
     for seed in PLAN["seeds"]:
         make_cell(cells / "toy_if10/long/ce" / str(seed), 0.7 + 0.01 * seed)
         make_cell(cells / "toy_if10/long/balpoe" / str(seed), 0.8 + 0.01 * seed)
-    results = report.read("toy", PLAN | {"recipes": ["plain", "long"]}, cells)
+    results = outcomes.read("toy", PLAN | {"recipes": ["plain", "long"]}, cells)
     text = report.markdown(results, [])
     assert re.findall(r"\*\*(.+?)\*\*", text) == ["84.5 ± 0.7"]
     assert text.count("has the highest accuracy") == 2
 
 
 def test_markdown_row(cells, published):
-    results = report.read("toy", PLAN, cells)
-    text = report.markdown(results, report.read_published(published))
+    results = outcomes.read("toy", PLAN, cells)
+    text = report.markdown(results, outcomes.read_published(published))
     assert (
         "| plain | BalPoE (3 experts) | none | 2 | 63.0 ± 4.2 | 73.0 ± 4.2 | - | 53.0 ± 4.2 | 37.0 ± 4.2 "
         "| 1.500 ± 0.000 | 5.0 ± 0.0 | 62.0 ± 4.2 | 60.0 ± 0.5 (a) | +3.0 |"
@@ -247,26 +247,26 @@ def test_markdown_row(cells, published):
 def test_missing_cells_are_listed_and_do_not_stop_the_report(cells, published, tmp_path):
     (cells / "toy_if10/plain/ce/1/history.csv").unlink()  # half a cell is none
     plan = PLAN | {"methods": ["ce", "balpoe", "gala"]}
-    results = report.read("toy", plan, cells)
+    results = outcomes.read("toy", plan, cells)
     assert results.missing == [
         ("toy_if10", "plain", "ce", 1),
         ("toy_if10", "plain", "gala", 0),
         ("toy_if10", "plain", "gala", 1),
     ]
-    table = report.rows(results, [])
+    table = outcomes.rows(results, [])
     assert find(table, "ce")["n"] == 1 and find(table, "gala")["n"] == 0
     text = report.markdown(results, [])
     assert "| plain | Cross-entropy | none | 1 of 2 | 50.0 |" in text
     assert "| plain | GALA (released form) | none | 0 of 2 | not run yet | - |" in text
     assert "- Not run yet: Cross-entropy, recipe plain, seed 1." in text
     assert "- Not run yet: GALA (released form), recipe plain, seeds 0, 1." in text
-    assert "gala" not in report.summary(table)["toy_if10"]["plain"]
+    assert "gala" not in outcomes.summary(table)["toy_if10"]["plain"]
     page = written(cells, published, tmp_path / "out", plan)["report.html"].decode()
     assert "3 of 6 runs are in" in page
 
 
 def test_a_data_set_without_any_run_is_shown_as_such(cells):
-    results = report.read("toy", PLAN | {"datasets": ["toy_if10", "other"]}, cells)
+    results = outcomes.read("toy", PLAN | {"datasets": ["toy_if10", "other"]}, cells)
     text = report.markdown(results, [])
     assert "On other with recipe plain, no run is in yet." in text
     assert report.html(results, [])
@@ -274,7 +274,7 @@ def test_a_data_set_without_any_run_is_shown_as_such(cells):
 
 def test_no_cell_at_all_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere.*'toy'.*4 in the plan"):
-        report.read("toy", PLAN, tmp_path / "nowhere")
+        outcomes.read("toy", PLAN, tmp_path / "nowhere")
 
 
 # ---------------------------------------------------------------------------------------- the complaints
@@ -310,7 +310,7 @@ def test_wrong_metrics_name_the_file_and_the_key(cells, change, words):
     path = cells / "toy_if10/plain/ce/0/metrics.json"
     edit(path, change)
     with pytest.raises(ValueError, match=re.escape(str(path)) + ".*" + re.escape(words)):
-        report.read("toy", PLAN, cells)
+        outcomes.read("toy", PLAN, cells)
 
 
 @pytest.mark.parametrize(
@@ -331,13 +331,13 @@ def test_wrong_files_are_named(cells, name, text, words):
     path = cells / "toy_if10/plain/ce/0" / name
     path.write_text(text)
     with pytest.raises(ValueError, match=re.escape(str(path)) + ".*" + re.escape(words)):
-        report.read("toy", PLAN, cells)
+        outcomes.read("toy", PLAN, cells)
 
 
 def test_cells_that_disagree_on_the_classes_are_refused(cells):
     make_cell(cells / "toy_if10/plain/balpoe/1", 0.5, names=("cat", "cow", "hen"))
     with pytest.raises(ValueError, match=r"balpoe/1/classes\.csv: other classes.*ce/0/classes\.csv"):
-        report.read("toy", PLAN, cells)
+        outcomes.read("toy", PLAN, cells)
 
 
 @pytest.mark.parametrize(
@@ -351,21 +351,21 @@ def test_cells_that_disagree_on_the_classes_are_refused(cells):
 def test_wrong_published_rows_are_named(tmp_path, row, words):
     path = write_published(tmp_path, row)
     with pytest.raises(ValueError, match=re.escape(f"{path}: {words}")):
-        report.read_published(path)
+        outcomes.read_published(path)
 
 
 def test_a_number_published_twice_is_refused(tmp_path):
     path = write_published(tmp_path, quoted(), quoted(value=0.7))
     with pytest.raises(ValueError, match="row 2: a second row for toy_if10, plain, balpoe"):
-        report.read_published(path)
+        outcomes.read_published(path)
 
 
 # ------------------------------------------------------------------------------------------ what we quote
 
 
 def test_our_published_rows_are_readable_and_flagged():
-    known = {tuple(row[c] for c in report.PUBLISHED[:6]): row
-             for row in report.read_published(ROOT / "data/published.csv")}  # fmt: skip
+    known = {tuple(row[c] for c in outcomes.PUBLISHED[:6]): row
+             for row in outcomes.read_published(ROOT / "data/published.csv")}  # fmt: skip
     gala = known["cifar100_if100", "gala", "gala", "none", "accuracy", "all"]
     assert gala["value"] == 0.521 and gala["optimistic"] and gala["same_recipe"]
     balpoe = known["cifar100_if100", "balpoe", "balpoe", "none", "accuracy", "all"]
@@ -437,7 +437,7 @@ def test_names_are_escaped(cells, tmp_path):
     plan = PLAN | {"methods": ["ce", "<i>x</i> & |y"]}
     for seed in plan["seeds"]:
         make_cell(cells / "toy_if10/plain/<i>x<" / "i> & |y" / str(seed), 0.6)
-    results = report.read("<u>toy", plan, cells)
+    results = outcomes.read("<u>toy", plan, cells)
     page = report.html(results, [])
     assert "<b>dog" not in page and "<i>x" not in page and "<u>toy" not in page
     assert "&lt;i&gt;x&lt;/i&gt; &amp; |y" in page
@@ -458,7 +458,7 @@ def test_many_classes_are_summed_up(tmp_path):
     for seed in PLAN["seeds"]:
         for method in PLAN["methods"]:
             make_cell(tmp_path / "toy_if10/plain" / method / str(seed), 0.5, names=names)
-    page = report.html(report.read("toy", PLAN, tmp_path), [])
+    page = report.html(outcomes.read("toy", PLAN, tmp_path), [])
     assert "lines join the means of 10 groups of classes" in page
 
 
@@ -467,10 +467,10 @@ def test_dvc_templates_fill_without_leftovers(cells, name):
     """The templates of `dvc plots` take what DVC gives: columns as text, one revision a row."""
     from dvc_render.vega import VegaRenderer
 
-    results = report.read("toy", PLAN, cells)
+    results = outcomes.read("toy", PLAN, cells)
     rows, x, y = {
-        "by_epoch": (report.curves(results), "epoch", "held_out_accuracy"),
-        "by_class": (report.classes(results), "train_images", "raw"),
+        "by_epoch": (outcomes.curves(results), "epoch", "held_out_accuracy"),
+        "by_class": (outcomes.classes(results), "train_images", "raw"),
     }[name]
     points = [{key: str(value) for key, value in row.items()} | {"rev": "workspace"} for row in rows]
     filled = VegaRenderer(

@@ -19,8 +19,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from longtail import files, live, tracking
+from longtail.finished import TrackingError
 from longtail.live import Live, fingerprint
-from longtail.tracking import TrackingError, sync, track
+from longtail.tracking import sync, track
 
 SRC = Path(live.__file__).parents[1]
 COLUMNS = ["epoch", "lr", "loss", "train_accuracy", "held_out_accuracy"]

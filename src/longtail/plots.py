@@ -163,7 +163,7 @@ def by_class(
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.set(title=names[method], xlabel="training images of the class", ylabel="test accuracy (%)",
                  ylim=(max(10 * math.floor(10 * lowest), 0) - 3, 103))  # fmt: skip
-        axis.legend(loc="lower right")
+        axis.legend(loc="upper left" if crowd else "lower right")  # many classes: the smallest are low
         few, many = ends(rows, "raw"), ends(rows, "aligned")
         alt = (
             f"Accuracy of each class against its training images, {names[method]}, recipe {recipe}: over the "
@@ -212,6 +212,7 @@ def curves(
                               color=colours[method], alpha=0.18, linewidth=0)  # fmt: skip
             ends.append(f"{names[method]} {middle[-1]:.{1 if percent else 2}f}{' %' if percent else ''}")
         axis.set(title=title, xlabel="epoch", ylabel="accuracy (%)" if percent else "loss (nats)")
+        axis.locator_params(axis="x", integer=True)
         axis.legend(loc="lower right" if percent else "upper right")
         caption = "Mean over seeds, band from the lowest to the highest" + (
             "." if percent else "; each method has its own loss, so levels do not compare."

@@ -18,7 +18,6 @@ import getpass
 import hashlib
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -30,10 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from longtail import files
-from longtail.live import digest, fingerprint, flock, log_path, plain, versions
+from longtail.finished import ALIGNED, LOCK, Cell, Result, TrackingError, flatten, one_line, results
+from longtail.live import flock, log_path, versions
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -41,38 +38,11 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "longtail"
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # or the page opens on traces of agents
-LOCK = "stages/dvc.lock"
-STAGES = ("train", "predict", "align", "evaluate")
-STAGE_NAME = re.compile(
-    rf"({'|'.join(STAGES)})-(?P<plan>[^@]+)"
-    r"@(?P<dataset>[^-@]+)-(?P<recipe>[^-@]+)-(?P<method>[^-@]+)-(?P<seed>\d+)"
-)
-SECTIONS = (("datasets", "dataset"), ("recipes", "recipe"), ("methods", "method"))
-MEASURES = {
-    "accuracy": "accuracy",
-    "many": "accuracy many",
-    "medium": "accuracy medium",
-    "few": "accuracy few",
-    "balanced_error": "balanced error",
-    "nll": "nll",
-    "ece": "ece",
-}
-ALIGNED = (
-    ("aligned_on_held_out", "aligned held-out"),
-    ("aligned_on_train", "aligned train"),
-)  # the first there is
-CURVES = ("lr", "loss", "train_accuracy", "held_out_accuracy")
-MACHINE = ("device", "cpu", "gpu", "threads")
-MACHINE_METRICS = {"seconds": "training seconds", "images_per_s": "images per s"}
 ARTIFACTS = ("table.md", "report.html", "summary.json")
 NOTES = 8  # printed; the cells of a plan that still runs are many
 BATCH = 1000  # MLflow takes no more metrics at once
 ALARM_S = 60  # the child's time for one contact with the store
 READ_BYTES = 1 << 16
-
-
-class TrackingError(ValueError):
-    """The lock, a result file or the store cannot be used; the message says which and what to do."""
 
 
 @dataclass(frozen=True)
@@ -88,272 +58,6 @@ class Summary:
     superseded: int
     notes: tuple[str, ...]
     page: str
-
-
-@dataclass(frozen=True)
-class Cell:
-    """The coordinates of one training in the grid of its plan."""
-
-    plan: str
-    dataset: str
-    recipe: str
-    method: str
-    seed: str
-
-    @property
-    def folder(self) -> str:
-        """Its results, relative to the repository."""
-        return f"results/{self.plan}/cells/{self.dataset}/{self.recipe}/{self.method}/{self.seed}"
-
-    @property
-    def title(self) -> str:
-        """The run's name, what differs most in front: lists cut names after some 15 letters."""
-        return f"{self.method} · seed {self.seed} · {self.dataset} · {self.recipe}"
-
-    def stage(self, kind: str) -> str:
-        """The name of one of its stages in stages/dvc.yaml."""
-        return f"{kind}-{self.plan}@{self.dataset}-{self.recipe}-{self.method}-{self.seed}"
-
-    def names(self) -> dict[str, str]:
-        """Coordinates by name."""
-        return dict(vars(self))
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished cell as its run shows it."""
-
-    cell: Cell
-    training: str
-    key: str
-    ended_ms: int  # of training
-    written_ms: int  # its files in results/
-    seconds: float | None
-    params: dict[str, str]
-    curves: list[tuple[int, dict[str, float]]]
-    metrics: dict[str, float]
-    last_epoch: int
-    tags: dict[str, str]
-    data: tuple[str, str] | None  # path and MD5 of the data set
-
-    @property
-    def started_ms(self) -> int:
-        """When training began; its end where nobody wrote down how long it took."""
-        return self.ended_ms - round(1000 * (self.seconds or 0))
-
-    def rows(self) -> Iterator[tuple[str, float, int, int]]:
-        """All numbers as (name, value, timestamp in ms, step); the same result gives the same rows."""
-        # First, as the compare page plots what was first; at step 0, as the pages draw bars for that and points else.
-        for name, value in self.metrics.items():
-            yield name, value, self.ended_ms, 0
-        for number, (epoch, values) in enumerate(self.curves, 1):
-            passed = (self.ended_ms - self.started_ms) * number // len(self.curves)
-            for name, value in values.items():
-                yield f"curve/{name}", value, self.started_ms + passed, epoch
-
-
-# --- what is finished: the lock and the result files --------------------------------------------------------
-
-
-def read_lock(root: Path) -> dict[str, dict[str, Any]]:
-    """The stages of stages/dvc.lock by name.
-
-    Raises TrackingError when there is none or when it is no lock of DVC's schema 2.0.
-    """
-    path = root / LOCK
-    try:
-        lock = yaml.load(path.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except FileNotFoundError:
-        raise TrackingError(f"{path}: no such file; run `dvc repro` before `longtail track`") from None
-    except yaml.YAMLError as error:
-        raise TrackingError(f"{path}: not YAML ({_one_line(error)}); `git checkout {LOCK}`?") from error
-    stages = lock.get("stages") if isinstance(lock, dict) else None
-    if not isinstance(stages, dict) or str(lock.get("schema")) != "2.0":
-        raise TrackingError(f"{path}: not a lock of DVC's schema 2.0 (schema: '2.0', stages: {{name: ...}})")
-    for name, entry in stages.items():
-        if not isinstance(entry, dict) or "cmd" not in entry:
-            raise TrackingError(f"{path}: stages.{name} is no entry with a cmd")
-        for which in ("deps", "outs"):
-            items = entry.get(which, [])
-            if not isinstance(items, list) or not all(isinstance(item, dict) and "path" in item for item in items):
-                raise TrackingError(f"{path}: stages.{name}.{which} is no list of {{path, md5, ...}}")
-        declared = entry.get("params", {})
-        if not isinstance(declared, dict) or not all(isinstance(values, dict) for values in declared.values()):
-            raise TrackingError(f"{path}: stages.{name}.params is no {{file: {{key: value}}}}")
-    return stages
-
-
-def results(root: Path, plans: Sequence[str] | None) -> tuple[list[Result], list[str]]:
-    """The finished cells of the plans (None: of all), and a note for each that cannot be shown.
-
-    A cell is finished when the lock has its four stages and the files are those that the lock names.
-
-    Raises TrackingError for an unusable lock, a plan that has no stage in it, and a result file that is what
-    the lock says but not what this program reads.
-    """
-    stages = read_lock(root)
-    cells: dict[Cell, dict[str, dict[str, Any]]] = {}
-    for name, entry in stages.items():
-        if match := STAGE_NAME.fullmatch(name):
-            cells.setdefault(Cell(**match.groupdict()), {})[match[1]] = entry
-    known = sorted({cell.plan for cell in cells})
-    for plan in plans or ():
-        if plan not in known:
-            raise TrackingError(f"{root / LOCK}: nothing of plan {plan!r}; it has {', '.join(known) or 'none'}")
-    found, notes = [], []
-    for cell, entries in cells.items():
-        if plans is not None and cell.plan not in plans:
-            continue
-        trouble = _unfinished(entries) or _changed(root, cell, entries)
-        if trouble:
-            notes.append(f"{cell.plan}: {cell.title}: {trouble}")
-        else:
-            found.append(_result(root, cell, entries, stages.get(f"subsample@{cell.dataset}", {})))
-    return found, notes
-
-
-def _unfinished(entries: Mapping[str, Mapping[str, Any]]) -> str:
-    """Why the cell's stages are not one chain: one is missing, or read what another has replaced since."""
-    missing = [kind for kind in STAGES if kind not in entries]
-    if missing:
-        return f"not finished, no {', '.join(missing)} in {LOCK}"
-    made = {path: md5 for entry in entries.values() for path, md5 in _files(entry, "outs")}
-    for kind, entry in entries.items():
-        for path, md5 in _files(entry, "deps"):
-            if made.get(path, md5) != md5:
-                return f"not finished, its {kind} is from before the last change of {path}"
-    return ""
-
-
-def _changed(root: Path, cell: Cell, entries: Mapping[str, Mapping[str, Any]]) -> str:
-    """Why the cell's files are not those of the lock; empty when they are."""
-    made = {path: md5 for entry in entries.values() for path, md5 in _files(entry, "outs")}
-    for name in ("history.csv", "metrics.json", "classes.csv"):
-        path = f"{cell.folder}/{name}"
-        if path not in made:
-            return f"no stage of it in {LOCK} has the out {path}"
-        try:
-            md5 = hashlib.md5((root / path).read_bytes(), usedforsecurity=False).hexdigest()
-        except OSError:
-            return f"{path} is missing; `git checkout {path}`, or run `dvc repro`"
-        if md5 != made[path]:
-            return f"{path} is not the one in {LOCK} (MD5 {md5}, there {made[path]}); run `dvc repro`"
-    return ""
-
-
-def _result(root: Path, cell: Cell, entries: Mapping[str, Mapping[str, Any]], subsample: Mapping[str, Any]) -> Result:
-    train = entries["train"]
-    training = fingerprint(train["cmd"], _files(train, "deps"), _keys(train))
-    facts = {
-        kind: [sorted(_files(entry, "deps")), sorted(_files(entry, "outs")), _keys(entry)]
-        for kind, entry in entries.items()
-    }
-    machine = _machine(root, cell, training)
-    written_ms = _mtime_ms(root / cell.folder / "history.csv")
-    last_epoch, metrics = _metrics(root / cell.folder / "metrics.json")
-    seconds = machine.get("seconds")
-    for key, name in MACHINE_METRICS.items():
-        if isinstance(machine.get(key), (int, float)):
-            metrics[name] = float(machine[key])
-    tags = {f"longtail.{key}": str(machine[key]) for key in MACHINE if machine.get(key) is not None}
-    known = machine.get("versions") or {name: machine[name] for name in ("torch",) if name in machine}
-    tags |= {f"version.{name}": str(version) for name, version in known.items()}
-    data = [(path, md5) for path, md5 in _files(train, "deps") if path.endswith(f"/{cell.dataset}.npz")]
-    return Result(
-        cell=cell,
-        training=training,
-        key=digest(facts),
-        ended_ms=machine.get("ended_ms", written_ms),
-        written_ms=written_ms,
-        seconds=float(seconds) if isinstance(seconds, (int, float)) else None,
-        params=_params(cell, [*entries.values(), subsample]),
-        curves=_curves(root / cell.folder / "history.csv"),
-        metrics=metrics,
-        last_epoch=last_epoch,
-        tags=tags,
-        data=data[0] if data else None,
-    )
-
-
-def _files(entry: Mapping[str, Any], which: str) -> list[tuple[str, str]]:
-    return [(item["path"], str(item.get("md5"))) for item in entry.get(which, ())]
-
-
-def _keys(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of a lock's entry as {key: value}, as a stage has them (there is one params file)."""
-    return {key: value for values in entry.get("params", {}).values() for key, value in values.items()}
-
-
-def _params(cell: Cell, entries: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """Flat text parameters, without the names of the cell's blocks: recipe.epochs, not recipes.x.epochs."""
-    shown = cell.names()
-    for entry in entries:
-        for key, value in _keys(entry).items():
-            for section, one in SECTIONS:
-                block = f"{section}.{getattr(cell, one)}"
-                if key == block or key.startswith(f"{block}."):
-                    key = one + key.removeprefix(block)
-            shown |= flatten({key: value})
-    return shown
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested values as text under dotted names, so that 1.0 and 1 look alike; a list is `0, 1, 2`."""
-    flat: dict[str, str] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        elif isinstance(value, (list, tuple)):
-            flat[f"{prefix}{key}"] = ", ".join(map(_text, value)) or "none"
-        else:
-            flat[f"{prefix}{key}"] = _text(value)
-    return flat
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(plain(value))
-
-
-def _machine(root: Path, cell: Cell, training: str) -> dict[str, Any]:
-    """What the training machine left behind, and when; nothing of another training or in another clone."""
-    path = root / "runs" / Path(*cell.names().values()) / "machine.json"
-    with suppress(OSError, ValueError):
-        machine = files.read_json(path)
-        if isinstance(machine, dict) and machine.get("training") == training:
-            return machine | {"ended_ms": _mtime_ms(path)}
-    return {}
-
-
-def _mtime_ms(path: Path) -> int:
-    return path.stat().st_mtime_ns // 1_000_000
-
-
-def _metrics(path: Path) -> tuple[int, dict[str, float]]:
-    """The last epoch and the named numbers of metrics.json; a group without classes has no number."""
-    written = files.read_json(path)
-    try:
-        last = written["last"]
-        shown = {name: last["raw"][key] for key, name in MEASURES.items()}
-        block, group = next(pair for pair in ALIGNED if pair[0] in last)
-        # shorter than `accuracy few`: the compare page cuts long names
-        shown |= {f"{group}/{key.replace('_', ' ')}": last[block][key] for key in MEASURES}
-        best = written.get("best_on_held_out")
-        if best is not None:
-            shown["best epoch/accuracy"] = best["raw"]["accuracy"]
-            shown["best epoch/epoch"] = best["epoch"]
-        return int(last["epoch"]), {name: float(value) for name, value in shown.items() if value is not None}
-    except (KeyError, StopIteration, TypeError, ValueError) as error:
-        raise TrackingError(f"{path}: not the metrics of a cell: {error!r}") from error
-
-
-def _curves(path: Path) -> list[tuple[int, dict[str, float]]]:
-    try:
-        return [
-            (int(row["epoch"]), {name: float(row[name]) for name in CURVES if row[name]})
-            for row in files.read_csv(path)
-        ]
-    except (KeyError, TypeError, ValueError) as error:
-        raise TrackingError(f"{path}: not a history (epoch, {', '.join(CURVES)}): {error!r}") from error
 
 
 # --- the store ----------------------------------------------------------------------------------------------
@@ -414,7 +118,7 @@ def open_store(root: Path) -> Iterator[Store]:
                 experiment = client.get_experiment(created)
             yield Store(client, experiment.experiment_id, experiment.artifact_location, uri)
         except MlflowException as error:
-            raise TrackingError(f"MLflow cannot use {uri} ({_one_line(error)})") from error
+            raise TrackingError(f"MLflow cannot use {uri} ({one_line(error)})") from error
 
 
 def _plan_run(store: Store, runs: "Iterable[Run]", plan: str) -> "Run":
@@ -622,10 +326,6 @@ def _git(root: Path, *words: str) -> str | None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
         return done.stdout.strip() if done.returncode == 0 else None
     return None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def track(root: str | Path, plans: Sequence[str] | None = None) -> None:

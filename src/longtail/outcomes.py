@@ -1,0 +1,323 @@
+"""What a plan's cells came to: their small files, the published values, and a row for each line of the table.
+
+Everything goes through the plan, never through what lies in the folder, so a cell that left the plan leaves
+the table too, and a cell that has not run yet is known as such. Values are fractions and nats; a spread is the
+sample standard deviation over training seeds (ddof 1), none for one.
+"""
+
+import math
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from longtail import files
+
+MEASURES = ("accuracy", "many", "medium", "few", "balanced_error", "nll", "ece")
+GROUPS = ("many", "medium", "few")  # a group without classes is null
+RAW, ON_TRAIN, ON_HELD_OUT = "raw", "aligned_on_train", "aligned_on_held_out"
+CORRECTIONS = {RAW: "none", ON_TRAIN: "aligned on train", ON_HELD_OUT: "aligned on held-out"}
+CURVES = ("dataset", "recipe", "method", "seed", "epoch", "loss", "train_accuracy",
+          "held_out_accuracy")  # fmt: skip
+CLASSES = ("dataset", "recipe", "method", "class", "name", "train_images", "n", RAW, "aligned",
+           "aligned_on")  # fmt: skip
+HISTORY = ("epoch", "lr", "loss", "train_accuracy", "held_out_accuracy")
+PUBLISHED = ("dataset", "recipe", "method", "correction", "measure", "group", "value", "sd", "runs",
+             "optimistic", "transductive", "same_recipe", "source", "note")  # fmt: skip
+
+Row = dict[str, Any]
+Key = tuple[str, str, str, int]  # dataset, recipe, method, seed
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The three small files of one finished cell; `best` is None without a held-out set."""
+
+    last: Mapping[str, Any]
+    best: Mapping[str, Any] | None
+    classes: list[Row]
+    history: list[Row]
+
+
+@dataclass(frozen=True)
+class Results:
+    """The cells of a plan that have run; `missing` are those that have not, in the plan's order."""
+
+    plan_name: str
+    plan: Mapping[str, Any]
+    cells: Mapping[Key, Cell]
+    missing: list[Key]
+
+    def groups(self) -> Iterator[tuple[tuple[str, str, str], dict[int, Cell]]]:
+        """Each (dataset, recipe, method) of the plan with its finished cells by seed."""
+        for group in product(*(self.plan[axis] for axis in ("datasets", "recipes", "methods"))):
+            keys = [(*group, seed) for seed in self.plan["seeds"]]
+            yield group, {key[3]: self.cells[key] for key in keys if key in self.cells}
+
+
+def number(value: Any, where: str, high: float = math.inf) -> float:
+    """`value` as a float from 0 to `high`; else a ValueError that begins with `where`."""
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        result = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{where}: {value!r} is not a number") from None
+    if not (0 <= result <= high and math.isfinite(result)):
+        limit = f"0 to {high:g}" if math.isfinite(high) else "a finite number from 0 on"
+        raise ValueError(f"{where}: {value!r}, but allowed is {limit}")
+    return result
+
+
+def read_measures(block: Any, where: str) -> Mapping[str, Any]:
+    """Check {"epoch": ..., correction: {measure: value}} of metrics.json and return it."""
+    if not isinstance(block, Mapping):
+        raise ValueError(f"{where}: {block!r} is not a block of measures")
+    for needed in ("epoch", RAW, ON_TRAIN):
+        if needed not in block:
+            raise ValueError(f"{where}: no key {needed!r}; it has {', '.join(map(repr, block))}")
+    number(block["epoch"], f"{where}.epoch")
+    for correction in (key for key in CORRECTIONS if key in block):
+        for measure in MEASURES:
+            place = f"{where}.{correction}.{measure}"
+            if not isinstance(block[correction], Mapping) or measure not in block[correction]:
+                raise ValueError(f"{place}: missing")
+            value = block[correction][measure]
+            if not (value is None and measure in GROUPS):
+                number(value, place, math.inf if measure == "nll" else 1.0)
+    return block
+
+
+def read_table(path: Path, needed: Sequence[str], limits: Mapping[str, float]) -> list[Row]:
+    """Rows of a CSV file; columns in `limits` become numbers from 0 to the limit, empty ones None.
+
+    Raises ValueError naming the file and the column when a needed column is missing, the file has no row or
+    a number is none.
+    """
+    table = files.read_csv(path)
+    if not table:
+        raise ValueError(f"{path}: no rows")
+    for column in needed:
+        if column not in table[0]:
+            raise ValueError(f"{path}: no column {column!r}; it has {', '.join(map(str, table[0]))}")
+    return [
+        {
+            column: (number(text, f"{path}: row {i}, {column}", limits[column]) if text else None)
+            if column in limits
+            else text
+            for column, text in row.items()
+        }
+        for i, row in enumerate(table, 1)
+    ]
+
+
+def read_cell(folder: Path) -> Cell | None:
+    """One cell's files, or None when one of them is not there; ValueError when one is wrong."""
+    paths = [folder / name for name in ("metrics.json", "classes.csv", "history.csv")]
+    if not all(path.is_file() for path in paths):
+        return None
+    metrics = files.read_json(paths[0])
+    if not isinstance(metrics, Mapping) or "last" not in metrics:
+        raise ValueError(f"{paths[0]}: no key 'last'")
+    best = metrics.get("best_on_held_out")
+    fractions = dict.fromkeys(CORRECTIONS, 1.0)
+    classes = read_table(
+        paths[1],
+        ("class", "name", "train_images", RAW, ON_TRAIN),
+        {"class": math.inf, "train_images": math.inf, **fractions},
+    )
+    limits = dict.fromkeys(HISTORY, math.inf) | {"train_accuracy": 1.0, "held_out_accuracy": 1.0}
+    return Cell(
+        last=read_measures(metrics["last"], f"{paths[0]}: last"),
+        best=None if best is None else read_measures(best, f"{paths[0]}: best_on_held_out"),
+        classes=classes,
+        history=read_table(paths[2], HISTORY, limits),
+    )
+
+
+def read(plan_name: str, plan: Mapping[str, Any], cells_dir: str | Path) -> Results:
+    """Read the cells of a plan {datasets, recipes, methods, seeds} under `cells_dir`.
+
+    Raises ValueError when no cell has run, when a file is wrong, and when two cells of a data set disagree
+    on its classes (one of them is older than the data).
+    """
+    cells: dict[Key, Cell] = {}
+    missing: list[Key] = []
+    first: dict[str, Key] = {}
+    axes = (plan[axis] for axis in ("datasets", "recipes", "methods", "seeds"))
+    for key in product(*axes):
+        cell = read_cell(folder(cells_dir, key))
+        if cell is None:
+            missing.append(key)
+            continue
+        cells[key] = cell
+        other = first.setdefault(key[0], key)
+        if class_list(cell) != class_list(cells[other]):
+            paths = [folder(cells_dir, k) / "classes.csv" for k in (key, other)]
+            raise ValueError(f"{paths[0]}: other classes or train_images than in {paths[1]}")
+    if not cells:
+        raise ValueError(f"{cells_dir}: no cell of plan {plan_name!r} has run ({len(missing)} in the plan)")
+    return Results(plan_name, plan, cells, missing)
+
+
+def folder(cells_dir: str | Path, key: Key) -> Path:
+    """Where the small files of a cell lie."""
+    return Path(cells_dir, *map(str, key))
+
+
+def class_list(cell: Cell) -> list[tuple[Any, ...]]:
+    """(class, name, train_images) of every class."""
+    return [(row["class"], row["name"], row["train_images"]) for row in cell.classes]
+
+
+def read_published(path: str | Path) -> list[Row]:
+    """Published numbers, as fractions, with their flags as booleans.
+
+    Raises ValueError naming the file and the row for a missing column, a number or a flag that is none, and
+    for two rows about the same thing.
+    """
+    rows = read_table(Path(path), PUBLISHED, {"value": 1.0, "sd": 1.0, "runs": math.inf})
+    seen: set[tuple[str, ...]] = set()
+    for i, row in enumerate(rows, 1):
+        if row["value"] is None:
+            raise ValueError(f"{path}: row {i}, value: empty")
+        for flag in ("optimistic", "transductive", "same_recipe"):
+            if row[flag] not in ("true", "false"):
+                raise ValueError(f"{path}: row {i}, {flag}: {row[flag]!r}, but allowed is true, false")
+            row[flag] = row[flag] == "true"
+        key = tuple(row[column] for column in PUBLISHED[:6])
+        if key in seen:
+            raise ValueError(f"{path}: row {i}: a second row for {', '.join(key)}")
+        seen.add(key)
+    return rows
+
+
+def mean_and_sd(values: Iterable[float | None]) -> tuple[float | None, float | None]:
+    """Mean and sample standard deviation (ddof 1); None where there is no value, or no second one."""
+    known = [value for value in values if value is not None]
+    return (
+        statistics.fmean(known) if known else None,
+        statistics.stdev(known) if len(known) > 1 else None,
+    )
+
+
+def rows(results: Results, published: Sequence[Row]) -> list[Row]:
+    """One row for each dataset x recipe x method x correction of the plan, in its order.
+
+    `<measure>_mean` and `<measure>_sd` are over the `n` seeds that have run, at the last epoch;
+    `best_on_held_out_mean` and `_sd` are the accuracy at the epoch that was best on held-out images.
+    `accuracies` has the accuracy of each of the `seeds`. `published` (accuracy, all classes, no correction)
+    stands in raw rows only, `difference` is ours minus published in points, `flags` are its reservations.
+    A method of which nothing has run has one raw row with n = 0.
+    """
+    known = {tuple(row[column] for column in PUBLISHED[:6]): row for row in published}
+    table = []
+    for (dataset, recipe, method), cells in results.groups():
+        for correction in CORRECTIONS:
+            seeds = [seed for seed, cell in cells.items() if correction in cell.last]
+            if not seeds and correction != RAW:
+                continue
+            row: Row = {
+                "plan": results.plan_name,
+                "dataset": dataset,
+                "recipe": recipe,
+                "method": method,
+                "correction": correction,
+                "n": len(seeds),
+                "planned": len(results.plan["seeds"]),
+                "seeds": seeds,
+                "accuracies": [cells[seed].last[correction]["accuracy"] for seed in seeds],
+            }
+            for measure in MEASURES:
+                values = [cells[seed].last[correction][measure] for seed in seeds]
+                row[f"{measure}_mean"], row[f"{measure}_sd"] = mean_and_sd(values)
+            bests = [best[correction]["accuracy"] for seed in seeds
+                     if (best := cells[seed].best) is not None and correction in best]  # fmt: skip
+            row["best_on_held_out_n"] = len(bests)
+            row["best_on_held_out_mean"], row["best_on_held_out_sd"] = mean_and_sd(bests)
+            quoted = known.get((dataset, recipe, method, "none", "accuracy", "all"))
+            table.append(row | compare(row, quoted if correction == RAW else None))
+    return table
+
+
+def compare(row: Row, quoted: Row | None) -> Row:
+    """The published columns of a row."""
+    if quoted is None:
+        names = ("published", "published_sd", "difference", "source", "note")
+        return dict.fromkeys(names) | {"flags": []}
+    mean = row["accuracy_mean"]
+    return {
+        "published": quoted["value"],
+        "published_sd": quoted["sd"],
+        "difference": None if mean is None else 100 * (mean - quoted["value"]),
+        "flags": flags(quoted),
+        "source": quoted["source"],
+        "note": quoted["note"],
+    }
+
+
+def flags(quoted: Row) -> list[str]:
+    """Reservations about a published number, in words."""
+    said = {
+        "optimistic": "optimistic: epoch chosen on the test set",
+        "transductive": "transductive: uses all test images at once",
+    }
+    found = [words for key, words in said.items() if quoted[key]]
+    return found + ([] if quoted["same_recipe"] else ["recipe differs from ours or is not known"])
+
+
+def summary(table: Sequence[Row]) -> dict[str, Any]:
+    """{dataset: {recipe: {method: {accuracy, aligned}}}}: the means that `dvc exp show` should show.
+
+    `aligned` is the accuracy after aligning on held-out images, or on training images without a held-out set.
+    """
+    tree: dict[str, Any] = {}
+    for row in table:
+        if not row["n"]:
+            continue
+        methods = tree.setdefault(row["dataset"], {}).setdefault(row["recipe"], {})
+        if row["correction"] == RAW:
+            methods[row["method"]] = {"accuracy": row["accuracy_mean"]}
+        else:  # held-out comes after train and replaces it
+            methods[row["method"]]["aligned"] = row["accuracy_mean"]
+    return tree
+
+
+def curves(results: Results) -> list[Row]:
+    """One row for each cell and epoch, with the columns CURVES."""
+    names = ("dataset", "recipe", "method", "seed")
+    return [
+        dict(zip(names, key, strict=True)) | {c: row[c] for c in CURVES[4:]} | {"epoch": int(row["epoch"])}
+        for key, cell in results.cells.items()
+        for row in cell.history
+    ]
+
+
+def classes(results: Results) -> list[Row]:
+    """One row for each dataset x recipe x method x class, with the columns CLASSES: means over seeds.
+
+    `aligned` is on held-out images where every seed has them, else on training images: see `aligned_on`.
+    """
+    table = []
+    for (dataset, recipe, method), cells in results.groups():
+        lists = [cell.classes for cell in cells.values()]
+        held_out = all(ON_HELD_OUT in rows[0] for rows in lists)
+        aligned = ON_HELD_OUT if held_out else ON_TRAIN
+        for same in zip(*lists, strict=True):
+            table.append(
+                {
+                    "dataset": dataset,
+                    "recipe": recipe,
+                    "method": method,
+                    "class": int(same[0]["class"]),
+                    "name": same[0]["name"],
+                    "train_images": int(same[0]["train_images"]),
+                    "n": len(same),
+                    RAW: mean_and_sd(row[RAW] for row in same)[0],
+                    "aligned": mean_and_sd(row[aligned] for row in same)[0],
+                    "aligned_on": "held_out" if held_out else "train",
+                }
+            )
+    return table
