@@ -347,6 +347,13 @@ def test_cells_run_side_by_side_with_one_command(clone):
     clone.restore()
 
 
+def test_a_plan_without_stages_is_named(monkeypatch):
+    plans = {**PARAMS["plans"], "mine": PARAMS["plans"]["quick"]}
+    monkeypatch.setattr(cli.schema, "load", lambda: {"plans": plans})
+    with pytest.raises(ValueError, match=r"plan 'mine' has no stages in stages/dvc.yaml"):
+        cli.run("mine", "*", 1)
+
+
 def test_the_command_names_what_there_is():
     with pytest.raises(ValueError, match=r"plan 'big' is not in params.yaml; there are quick, smoke"):
         cli.run("big", "*", 1)

@@ -38,6 +38,8 @@ def run(plan: str, only: str, jobs: int) -> int:
     plans = schema.load()["plans"]
     if plan not in plans:
         raise ValueError(f"plan {plan!r} is not in params.yaml; there are {', '.join(plans)}")
+    if f"\n  train-{plan}:" not in Path(PIPELINE).read_text():
+        raise ValueError(f"plan {plan!r} has no stages in {PIPELINE}; copy the four blocks of another plan there")
     chosen = [cell for cell in cells(plans[plan]) if fnmatch.fnmatchcase(cell, only)]
     if not chosen:
         raise ValueError(f"--only {only!r} matches none of {', '.join(cells(plans[plan]))}")
