@@ -37,7 +37,8 @@ def test_every_loss_of_the_folder_is_tested_here():
 @pytest.mark.parametrize("method", METHODS)
 def test_arguments_fit_the_schema_read_off_the_file(method):
     schema = params.signature_block(FOLDER / f"{method}.py", "Loss.__init__")
-    schema.model_validate(ARGUMENTS[method])
+    assert schema.model_validate(ARGUMENTS[method]).model_dump() == ARGUMENTS[method]
+    assert set(schema.model_fields) == set(ARGUMENTS[method])
 
 
 def test_cross_entropy_is_its_twin():

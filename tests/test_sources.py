@@ -425,18 +425,18 @@ def change_row(row: int, change: Callable[[Row], Row], rows: list[Row]) -> None:
     rows[row] = change(rows[row])
 
 
-def refused(message: str, **settings: Any) -> None:
+def assert_refused(message: str, **settings: Any) -> None:
     with pytest.raises(ValueError, match=message):
         read_cifar("unused", name="cifar10", **NO_ARCHIVE, **settings)
 
 
 def test_a_mirror_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, mirror: Path) -> None:
     (mirror / "test-00000-of-00001.parquet").unlink()
-    refused(r"LONGTAIL_MIRROR: '.*mirror' holds no cifar10/test-\*.parquet")
+    assert_refused(r"LONGTAIL_MIRROR: '.*mirror' holds no cifar10/test-\*.parquet")
     monkeypatch.setenv("LONGTAIL_MIRROR", str(mirror / "nowhere"))
-    refused(r"LONGTAIL_MIRROR: '.*nowhere' holds no cifar10/train-\*.parquet")
+    assert_refused(r"LONGTAIL_MIRROR: '.*nowhere' holds no cifar10/train-\*.parquet")
     monkeypatch.setenv("LONGTAIL_MIRROR", "nosuch://bucket")
-    refused("LONGTAIL_MIRROR: 'nosuch://bucket' cannot be read")
+    assert_refused("LONGTAIL_MIRROR: 'nosuch://bucket' cannot be read")
 
 
 def test_an_undecodable_image_is_named_with_its_row(mirror: Path) -> None:
@@ -444,7 +444,7 @@ def test_an_undecodable_image_is_named_with_its_row(mirror: Path) -> None:
     data = bytearray(path.read_bytes())
     data[data.index(encode(ROWS["train"][25 + 7].pixels))] ^= 1
     path.write_bytes(data)
-    refused(r"train-00001-of-00002.parquet: row 7 \(\w+_s_\d+.png\) is not a readable PNG or WebP")
+    assert_refused(r"train-00001-of-00002.parquet: row 7 \(\w+_s_\d+.png\) is not a readable PNG or WebP")
 
 
 def test_an_image_that_is_not_lossless_is_refused(mirror: Path) -> None:
@@ -452,7 +452,7 @@ def test_an_image_that_is_not_lossless_is_refused(mirror: Path) -> None:
     table = pq.read_table(path)
     jpeg = [{"bytes": encode(row.pixels, "JPEG"), "path": row.file_name} for row in ROWS["test"]]
     pq.write_table(table.set_column(0, "img", pa.array(jpeg)), path)
-    refused(r"test-00000-of-00001.parquet: row 0 \(.*\) is not a readable PNG or WebP image")
+    assert_refused(r"test-00000-of-00001.parquet: row 0 \(.*\) is not a readable PNG or WebP image")
 
 
 def test_pixels_that_decode_but_are_others_name_the_file(mirror: Path) -> None:
@@ -464,7 +464,7 @@ def test_pixels_that_decode_but_are_others_name_the_file(mirror: Path) -> None:
     sha256 = pixel_hashes(ROWS)
     read_cifar("unused", name="cifar10", sha256=sha256, **NO_ARCHIVE)
     rewrite(mirror / "test-00000-of-00001.parquet", one_pixel)
-    refused(r"test-00000-of-00001.parquet: .* SHA-256 .* expected " + sha256["test"], sha256=sha256)
+    assert_refused(r"test-00000-of-00001.parquet: .* SHA-256 .* expected " + sha256["test"], sha256=sha256)
 
 
 def test_swapped_labels_do_not_pass_the_hash_of_the_pixels(mirror: Path) -> None:
@@ -476,7 +476,7 @@ def test_swapped_labels_do_not_pass_the_hash_of_the_pixels(mirror: Path) -> None
         )
 
     rewrite(mirror / "test-00000-of-00001.parquet", swap)
-    refused("test-00000-of-00001.parquet: .* SHA-256", sha256=pixel_hashes(ROWS))
+    assert_refused("test-00000-of-00001.parquet: .* SHA-256", sha256=pixel_hashes(ROWS))
 
 
 def test_flipped_bytes_are_named_or_do_no_harm(mirror: Path) -> None:
@@ -508,7 +508,7 @@ def test_a_cut_or_foreign_file_is_named(mirror: Path) -> None:
     data = path.read_bytes()
     for wrong in (data[:-100], b"", b"PAR1 but not really"):
         path.write_bytes(wrong)
-        refused("train-00000-of-00002.parquet: not a readable parquet file")
+        assert_refused("train-00000-of-00002.parquet: not a readable parquet file")
 
 
 def test_wrong_rows_are_named(mirror: Path) -> None:
@@ -527,7 +527,7 @@ def test_wrong_rows_are_named(mirror: Path) -> None:
     for change, message in changes:
         path.write_bytes(data)
         rewrite(path, partial(change_row, 2, change))
-        refused(f"train-00000-of-00002.parquet.*: {message}")
+        assert_refused(f"train-00000-of-00002.parquet.*: {message}")
 
 
 def test_wrong_columns_are_named(mirror: Path) -> None:
@@ -549,12 +549,12 @@ def test_wrong_columns_are_named(mirror: Path) -> None:
         ),
     ):
         pq.write_table(wrong, path)
-        refused(message)
+        assert_refused(message)
 
 
 def test_an_empty_mirror_is_refused(mirror: Path) -> None:
     rewrite(mirror / "test-00000-of-00001.parquet", lambda rows: rows.clear())
-    refused("test-00000-of-00001.parquet: class 0 has 0 images")
+    assert_refused("test-00000-of-00001.parquet: class 0 has 0 images")
 
 
 # Cifar: bad archives

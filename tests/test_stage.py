@@ -53,8 +53,9 @@ def test_an_edit_while_it_runs_fails_the_stage(workspace, edit):
 
 
 def test_an_edit_of_what_it_does_not_declare_does_not(workspace):
-    with stage.run("out"):
+    with stage.run("out") as (args, _):
         edit_params(workspace, "ece_bins: 15", "ece_bins: 20")
+    assert args.fingerprint == stage.declared().facts()[0]  # and what it did run with still has the same identity
 
 
 def test_wrong_params_stop_it_before_it_starts(workspace):
