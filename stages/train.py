@@ -1,11 +1,12 @@
 """Train one network: one method, one recipe, one seed."""
 
-from longtail import stage, training
+from longtail import processes, stage, training
 
 with stage.run("data", "plan", "dataset", "recipe", "method", "seed", "model", "history") as (
     args,
     params,
 ):
+    processes.launch()  # several processes where LONGTAIL_PROCESSES asks for them
     cell = {name: getattr(args, name) for name in ("plan", "dataset", "recipe", "method", "seed")}
     training.train(
         cell,

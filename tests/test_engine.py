@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from longtail import batches, engine, inference, losses, networks
+from longtail.checkpoints import Checkpoint
 
 SCHEDULES = {
     "gala": {"epochs": 200, "warmup_epochs": 2, "shape": "cosine", "milestones": [], "factors": []},
@@ -18,12 +19,20 @@ RECIPE = {
     "epochs": 3,
     "batch_size": 16,
     "drop_last": False,
+    "accumulate": 1,
     "optimizer": {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4},
     "schedule": {"warmup_epochs": 1, "shape": "cosine", "milestones": [], "factors": []},
-    "augmentation": {"crop_padding": 1, "flip": True, "policy": "none", "rotation": 0, "cutout": 2},
+    "weight_average": 0,
+    "sync_batch_norm": False,
+    "augmentation": {
+        "crop_padding": 1, "flip": True, "policy": "none", "color_jitter": [0, 0, 0, 0], "rotation": 0, "cutout": 2,
+    },
+    "resolution": {"milestones": [], "scales": []},
     "mixup_alpha": 0.4,
+    "cutmix_alpha": 0,
     "precision": "fp32",
-}
+    "test_every": 0,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -68,8 +77,9 @@ def fit(
     seed: int = 0,
     method: str = "gala",
     held_out: bool = True,
-    checkpoint: engine.Checkpoint | None = None,
+    checkpoint: Checkpoint | None = None,
     on_epoch=lambda row: None,
+    test: batches.Split | None = None,
     **changes,
 ) -> engine.Fitted:
     train, held = splits()
@@ -90,8 +100,8 @@ def fit(
         std=[0.3],
     )
     return engine.fit(
-        network, loss, train, held if held_out else None, seed=seed, on_epoch=on_epoch,
-        checkpoint=checkpoint or engine.Checkpoint(None, ""), **{**RECIPE, **changes},
+        network, loss, train, held if held_out else None, test, seed=seed, on_epoch=on_epoch,
+        checkpoint=checkpoint or Checkpoint(None, ""), **{**RECIPE, **changes},
     )  # fmt: skip
 
 
@@ -125,7 +135,7 @@ class InterruptedTrainingError(Exception):
 
 @pytest.mark.parametrize("stop_after", [1, 2, 4])
 def test_resume_ends_with_the_same_bytes(tmp_path, monkeypatch, stop_after):
-    monkeypatch.setattr(engine, "SAVE_EVERY_S", 0)
+    monkeypatch.setenv("LONGTAIL_CHECKPOINT_S", "0")
     whole = fit(epochs=5)
 
     def interrupt(row):
@@ -133,9 +143,9 @@ def test_resume_ends_with_the_same_bytes(tmp_path, monkeypatch, stop_after):
             raise InterruptedTrainingError  # before this epoch's checkpoint: its work is lost
 
     with pytest.raises(InterruptedTrainingError):
-        fit(epochs=5, checkpoint=engine.Checkpoint(tmp_path / "c.pt", "a"), on_epoch=interrupt)
+        fit(epochs=5, checkpoint=Checkpoint(tmp_path / "c.pt", "a"), on_epoch=interrupt)
     epochs = []
-    checkpoint = engine.Checkpoint(tmp_path / "c.pt", "a")
+    checkpoint = Checkpoint(tmp_path / "c.pt", "a")
     resumed = fit(epochs=5, checkpoint=checkpoint, on_epoch=lambda row: epochs.append(row["epoch"]))
     assert epochs == list(range(stop_after + 1, 6))
     assert (resumed.last, resumed.best, resumed.history) == (whole.last, whole.best, whole.history)
@@ -144,21 +154,134 @@ def test_resume_ends_with_the_same_bytes(tmp_path, monkeypatch, stop_after):
 
 
 def test_checkpoint_of_another_training_is_ignored(tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "SAVE_EVERY_S", 0)
-    fit(checkpoint=engine.Checkpoint(tmp_path / "c.pt", "a"))
+    monkeypatch.setenv("LONGTAIL_CHECKPOINT_S", "0")
+    fit(checkpoint=Checkpoint(tmp_path / "c.pt", "a"))
     epochs = []
-    fit(checkpoint=engine.Checkpoint(tmp_path / "c.pt", "b"), on_epoch=lambda row: epochs.append(row["epoch"]))
+    fit(checkpoint=Checkpoint(tmp_path / "c.pt", "b"), on_epoch=lambda row: epochs.append(row["epoch"]))
     assert epochs == [1, 2, 3]
 
 
 def test_a_broken_checkpoint_is_named(tmp_path):
     (tmp_path / "c.pt").write_bytes(b"broken")
     with pytest.raises(ValueError, match=r"c\.pt: not a readable checkpoint"):
-        engine.Checkpoint(tmp_path / "c.pt", "a").load()
+        Checkpoint(tmp_path / "c.pt", "a").load()
+
+
+def test_a_loss_that_is_not_finite_keeps_the_checkpoint_before_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("LONGTAIL_CHECKPOINT_S", "0")
+    step = engine.Training.step
+
+    def broken(self, batch):
+        if self.steps == 4:
+            batch = batch._replace(images=batch.images * torch.nan)
+        step(self, batch)
+
+    monkeypatch.setattr(engine.Training, "step", broken)
+    checkpoint = Checkpoint(tmp_path / "c.pt", "a")
+    message = r"loss is not finite in epoch 2 of 3, step 2, at lr 0\.025"
+    with pytest.raises(FloatingPointError, match=message):
+        fit(checkpoint=checkpoint)
+    state = checkpoint.load()["training"]
+    assert state["steps"] == 4 and all(value.isfinite().all() for value in state["network"].values())
+    with pytest.raises(FloatingPointError, match=message):  # again from there: the same, and it is said again
+        fit(checkpoint=checkpoint)
+
+
+def test_on_a_gpu_losses_are_looked_at_every_few_steps(monkeypatch):
+    """The branch that spares a GPU the wait, taken on the CPU: the first bad step is still the one that is named."""
+    monkeypatch.setattr(engine, "LOOK_EVERY", 1000)
+    train, _ = splits()
+    training = new_training(train)
+    training.device = torch.device("meta")  # no CPU; tensors are made elsewhere
+    looks = []
+    monkeypatch.setattr(engine.Training, "check_loss", lambda self: looks.append(self.batch))
+    monkeypatch.setattr(engine.Training, "step", lambda self, batch: None)
+    training.finish_epoch(lambda: looks.append("checkpoint"))
+    assert looks == [3]  # at the epoch's end
+
+
+def new_training(train: batches.Split, **changes) -> engine.Training:
+    inference.set_up(0)
+    network = networks.ResNet(
+        channels=1, classes=3, experts=1, depth=8, width=4, head="linear", scale=1.0, mean=[0.3], std=[0.3]
+    )
+    settings = {key: value for key, value in {**RECIPE, **changes}.items() if key != "test_every"}
+    return engine.Training(network, losses.load("ce")(torch.bincount(train.labels)), train, seed=0, **settings)
+
+
+def test_averaged_weights_are_the_moving_average():
+    train, _ = splits()
+    training = new_training(train, weight_average=0.6)
+    average = {key: value.double() for key, value in training._averaged_tensors().items()}
+    stream = batches.epoch(train, **training.batches, epoch=1)
+    for number, batch in enumerate(stream, 1):
+        training.network.train()
+        training.step(batch)
+        decay = min(0.6, (1 + number) / (10 + number))
+        now = training._averaged_tensors()
+        average = {key: decay * average[key] + (1 - decay) * now[key].double() for key in now}
+    found = training.averaged().state_dict()
+    for key, value in average.items():
+        torch.testing.assert_close(found[key].double(), value, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(found["conv1.weight"], training.network.state_dict()["conv1.weight"])
+
+
+def test_without_averaging_the_network_itself_is_evaluated():
+    training = new_training(splits()[0])
+    assert training.averaged() is training.network and not training.average
+
+
+@pytest.mark.parametrize(("epoch", "scale"), [(1, 0.5), (10, 0.5), (11, 0.75), (20, 0.75), (21, 1.0)])
+def test_resolution_rises_at_its_milestones(epoch, scale):
+    assert engine.scale_of(epoch, milestones=[10, 20], scales=[0.5, 0.75]) == scale
+
+
+def test_small_images_reach_the_network(monkeypatch):
+    sides = []
+    monkeypatch.setattr(engine.Training, "step", lambda self, batch: sides.append(tuple(batch.images.shape[2:])))
+    train, _ = splits()
+    training = new_training(train, resolution={"milestones": [1], "scales": [0.75]})
+    training.finish_epoch(lambda: None)
+    assert set(sides) == {(6, 6)}
+
+
+def test_test_accuracy_is_written_down_and_changes_nothing():
+    _, held = splits()
+    seen, unseen = fit(epochs=4, test_every=2, test=held), fit(epochs=4)
+    assert [row["test_accuracy"] is None for row in seen.history] == [True, False, True, False]
+    assert seen.history[1]["test_accuracy"] == seen.history[1]["held_out_accuracy"]
+    assert (seen.last, seen.best) == (unseen.last, unseen.best)
+    assert all(row["test_accuracy"] is None for row in unseen.history)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_lower_precision_learns(precision):
+    assert fit(epochs=20, mixup_alpha=0, precision=precision).history[-1]["train_accuracy"] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "has_bf16", "done"),
+    [
+        ("cpu", "bf16", True, "bf16"), ("cpu", "bf16", False, "fp32"), ("cuda", "bf16", True, "bf16"),
+        ("cuda", "bf16", False, "fp16"), ("cuda", "fp32", False, "fp32"), ("cpu", "fp16", False, "fp16"),
+    ],
+)  # fmt: skip
+def test_precision_is_what_the_device_has(monkeypatch, device, asked, has_bf16, done):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    monkeypatch.setattr(inference, "cpu_has_bf16", lambda: has_bf16)
+    assert inference.precision_on(torch.device(device), asked) == done
+
+
+@pytest.mark.slow
+def test_torch_compile_falls_back_or_gives_the_same_network(monkeypatch):
+    monkeypatch.setenv("LONGTAIL_COMPILE", "on")
+    compiled = fit(epochs=1)
+    monkeypatch.delenv("LONGTAIL_COMPILE")
+    assert compiled.history[0]["loss"] == pytest.approx(fit(epochs=1).history[0]["loss"], rel=1e-4)
 
 
 def test_a_loss_that_is_not_finite_stops_with_epoch_and_lr():
-    with pytest.raises(FloatingPointError, match=r"loss is nan in epoch \d+ of 5 at lr"):
+    with pytest.raises(FloatingPointError, match=r"loss is not finite in epoch \d+ of 5, step \d+, at lr"):
         fit(epochs=5, optimizer={**RECIPE["optimizer"], "lr": 1e30})
 
 
@@ -179,7 +302,7 @@ def test_held_out_accuracy_counts_every_class_the_same(monkeypatch):
     logits = torch.zeros(1, len(train), 3)
     logits[..., 0] = 1
     monkeypatch.setattr(inference, "logits", lambda *_, **__: logits)
-    assert engine.held_out_accuracy(None, train, precision="fp32") == pytest.approx(1 / 3)
+    assert engine.class_accuracy(None, train, precision="fp32") == pytest.approx(1 / 3)
 
 
 def test_an_unknown_device_is_named(monkeypatch):

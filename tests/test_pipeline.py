@@ -347,6 +347,17 @@ def test_cells_run_side_by_side_with_one_command(clone):
     clone.restore()
 
 
+def test_jobs_share_the_devices(monkeypatch):
+    """Two GPUs, three jobs: a device is used by those jobs that were given it, and none is made up."""
+    used = []
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("LONGTAIL_DEVICE", "cuda:0,cuda:1")
+    monkeypatch.setattr(cli, "repro", lambda *args, env=None: 0)
+    monkeypatch.setattr(cli, "run_cell", lambda plan, cell, env: used.append(env["LONGTAIL_DEVICE"]) or True)
+    assert cli.run("quick", "*", 3) == 0
+    assert len(used) == len(cli.cells(PARAMS["plans"]["quick"])) and set(used) == {"cuda:0", "cuda:1"}
+
+
 def test_a_plan_without_stages_is_named(monkeypatch):
     plans = {**PARAMS["plans"], "mine": PARAMS["plans"]["quick"]}
     monkeypatch.setattr(cli.schema, "load", lambda: {"plans": plans})

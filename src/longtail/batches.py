@@ -1,20 +1,24 @@
 """Batches without a loader: a split is one tensor on the device, a batch is an index into it.
 
 An epoch's order and augmentation follow from (seed, epoch) and the batch size alone, so that
-training can be taken up at any batch of any epoch without a stored generator state.
+training can be taken up at any batch of any epoch without a stored generator state. Several processes
+that share an epoch, each with its own rows of every batch, see together what one process would see.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from longtail.augment import POLICIES, augment
+from longtail.augment import augment, check
+from longtail.draws import Draws
 
-AUGMENTATION = ("crop_padding", "flip", "rotation", "policy", "cutout")
+AUGMENTATION = ("crop_padding", "flip", "rotation", "policy", "cutout", "color_jitter")
 CHUNK_PIXELS = 2048 * 32 * 32  # augmented in one go: enough to group the policy, little memory
 
 # One stream of random numbers for each use, so that none depends on how much another has drawn.
@@ -99,6 +103,19 @@ def batches_per_epoch(count: int, *, batch_size: int, drop_last: bool) -> int:
     return batches
 
 
+class Batch(NamedTuple):
+    """One process's rows of a joint batch: B of its `size` images, none where the batch is too short.
+
+    The loss is weight * L(labels) + (1 - weight) * L(partner_labels); weight is 1 without mixing.
+    """
+
+    images: Tensor  # (B, channels, H, W) float32, mixed
+    labels: Tensor  # (B,) int64
+    partner_labels: Tensor  # (B,) int64
+    weight: float
+    size: int
+
+
 def epoch(
     split: Split,
     *,
@@ -109,35 +126,65 @@ def epoch(
     std: Sequence[float],
     seed: int,
     epoch: int,
+    mixup_alpha: float = 0.0,
+    cutmix_alpha: float = 0.0,
     channels_last: bool = True,
     start_batch: int = 0,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch in random order: images (B, channels, H, W) float32 with their labels (B,) int64.
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[Batch]:
+    """One epoch in random order: augmented, normalized and mixed batches.
 
-    The same arguments give the same batches; with `start_batch` k those from number k (from 0) on,
-    at the cost of no earlier chunk of batches. `augmentation` has the keys of `augment`. Raises
-    ValueError for an argument out of range, most of them before the first batch is asked for.
+    The same arguments give the same batches; with `start_batch` k those from number k (from 0) on, at the cost of
+    no earlier batch. `augmentation` has the keys of `augment`; `draw_mixing` says what the alphas do. `batch_size`
+    is that of the joint batch, of which process `rank` of `world` gets the rows rank, rank + world, ...: together
+    the processes see, byte for byte, the batches of a single one. Raises ValueError for an argument out of range,
+    before the first batch is asked for.
     """
     batches = batches_per_epoch(len(split), batch_size=batch_size, drop_last=drop_last)
     if not 0 <= start_batch <= batches:
         raise ValueError(f"start_batch is {start_batch}, not in 0..{batches}")
+    if not 0 <= rank < world:
+        raise ValueError(f"rank {rank} of world {world}: rank is in 0..world-1")
     _check_augmentation(augmentation)
+    _check_alphas(mixup_alpha, cutmix_alpha)
     device = split.images.device
+    height, width = split.images.shape[2:]
     normalize = normalizer(mean, std, channels_last=channels_last, device=device)
-    order = torch.randperm(len(split), generator=torch_generator(seed, ORDER, epoch)).to(device)
+    order = torch.randperm(len(split), generator=torch_generator(seed, ORDER, epoch))
     order = order[: batches * batch_size]
-    per_chunk = max(1, CHUNK_PIXELS // (batch_size * split.images[0, 0].numel()))
+    per_chunk = max(1, CHUNK_PIXELS // (batch_size * height * width))
+    draw = partial(draw_mixing, height=height, width=width, mixup_alpha=mixup_alpha, cutmix_alpha=cutmix_alpha)
 
-    def later_batches() -> Iterator[tuple[Tensor, Tensor]]:
+    def later_batches() -> Iterator[Batch]:
         for chunk in range(start_batch // per_chunk, -(-batches // per_chunk)):
             first = chunk * per_chunk
             rows = order[first * batch_size : (first + per_chunk) * batch_size]
-            generator = torch_generator(seed, AUGMENT, epoch, chunk)
-            images = augment(split.images[rows], **augmentation, generator=generator)
-            labels = split.labels[rows]
-            skipped = max(0, start_batch - first) * batch_size
-            for row in range(skipped, len(rows), batch_size):
-                yield normalize(images[row : row + batch_size]), labels[row : row + batch_size]
+            joint = torch.split(torch.arange(len(rows)), batch_size)[max(0, start_batch - first) :]
+            if not joint:  # the epoch was taken up after its last batch
+                return
+            mixings = [
+                draw(len(places), generator=batch_generator(seed, epoch, number))
+                for number, places in enumerate(joint, max(first, start_batch))
+            ]
+            # (2, B) a batch: places in the chunk of this process's images and of their partners
+            pairs = [
+                torch.stack((places, places[mixing.partner]))[:, rank::world]
+                for places, mixing in zip(joint, mixings, strict=True)
+            ]
+            wanted, found = torch.unique(torch.cat(pairs, 1), return_inverse=True)
+            chosen = rows[wanted].to(device)
+            draws = Draws(torch_generator(seed, AUGMENT, epoch, chunk), len(rows), wanted)
+            images = augment(split.images[chosen], **augmentation, draws=draws)
+            labels = split.labels[chosen]
+            widths = [pair.shape[1] for pair in pairs]
+            for places, mixing, (own, partner) in zip(
+                joint, mixings, torch.split(found.to(device), widths, 1), strict=True
+            ):
+                batch = normalize(images[own])
+                if mixing.weight < 1:
+                    batch = mix(batch, normalize(images[partner]), mixing)
+                yield Batch(batch, labels[own], labels[partner], mixing.weight, len(places))
 
     return later_batches()
 
@@ -161,27 +208,62 @@ def in_order(
     return (normalize(split.images[first : first + batch_size]) for first in firsts)
 
 
-def mixup(
-    images: Tensor, labels: Tensor, *, alpha: float, generator: np.random.Generator
-) -> tuple[Tensor, Tensor, float]:
-    """Mix every image of a batch with a partner: weight * images + (1 - weight) * partners.
+class Mixing(NamedTuple):
+    """How a joint batch is mixed."""
 
-    Zhang et al. 2018, "mixup", equation 1, with one weight ~ Beta(alpha, alpha) and one permutation
-    for the batch. Returns the mixed images, the partners' labels (B,) and the weight in 0..1: the
-    loss is weight * L(labels) + (1 - weight) * L(partners' labels). alpha 0 is no mixup: the images
-    themselves and weight 1. Raises ValueError for a negative alpha.
+    partner: Tensor  # (size,) int64 on the CPU, a permutation: whom each image is mixed with
+    weight: float  # 0..1, the image's own share
+    box: tuple[slice, slice] | None  # CutMix: rows and columns that the partner fills; None: mixup
+
+
+def draw_mixing(
+    count: int,
+    *,
+    height: int,
+    width: int,
+    mixup_alpha: float,
+    cutmix_alpha: float,
+    generator: np.random.Generator,
+) -> Mixing:
+    """Draw how `count` images are mixed: one permutation and one weight ~ Beta(alpha, alpha) for all.
+
+    An alpha of 0 is no mixing of its kind: where both are 0, every image stays as it is, with weight 1. Where
+    neither is, a batch is mixed by either with probability 1/2, as in timm. Mixup (Zhang et al. 2018, equation 1)
+    blends with the drawn weight. CutMix (Yun et al. 2019, equations 1 and 2) pastes a box of the partner: its sides
+    are sqrt(1 - weight) of the image's, its centre is any pixel, what lies outside is cut off; the weight returned
+    is the share of pixels that the image keeps. Raises ValueError for a negative alpha.
     """
-    if alpha < 0:
-        raise ValueError(f"mixup alpha is {alpha}, below 0")
-    if alpha == 0:
-        return images, labels, 1.0
-    weight = float(generator.beta(alpha, alpha))
-    partner = torch.from_numpy(generator.permutation(len(images))).to(images.device)
-    return weight * images + (1 - weight) * images[partner], labels[partner], weight
+    _check_alphas(mixup_alpha, cutmix_alpha)
+    if not mixup_alpha and not cutmix_alpha:
+        return Mixing(torch.arange(count), 1.0, None)
+    cut = not mixup_alpha or (cutmix_alpha > 0 and generator.random() < 0.5)
+    alpha = cutmix_alpha if cut else mixup_alpha
+    weight, box = float(generator.beta(alpha, alpha)), None
+    if cut:
+        scale = math.sqrt(1 - weight)
+        box = _around(generator, height, scale), _around(generator, width, scale)
+        area = math.prod(side.stop - side.start for side in box)
+        weight = 1 - area / (height * width)
+    return Mixing(torch.from_numpy(generator.permutation(count)), weight, box)
+
+
+def _around(generator: np.random.Generator, size: int, scale: float) -> slice:
+    """`scale` of a side of `size` pixels about a random one of them, as far as the image goes."""
+    centre, half = int(generator.integers(size)), int(size * scale) // 2
+    return slice(max(0, centre - half), min(size, centre + half))
+
+
+def mix(images: Tensor, partners: Tensor, mixing: Mixing) -> Tensor:
+    """weight * images + (1 - weight) * partners, or the images with the partners' box (B, channels, H, W)."""
+    if mixing.box is None:
+        return mixing.weight * images + (1 - mixing.weight) * partners
+    mixed = images.clone()
+    mixed[:, :, *mixing.box] = partners[:, :, *mixing.box]
+    return mixed
 
 
 def batch_generator(seed: int, epoch: int, batch: int) -> np.random.Generator:
-    """The generator of one batch's mixup: the same numbers whenever training comes to it."""
+    """The generator of one batch's mixing: the same numbers whenever training comes to it."""
     return np.random.default_rng(_sequence(seed, MIX, epoch, batch))
 
 
@@ -203,11 +285,15 @@ def _check_batch_size(batch_size: int) -> None:
         raise ValueError(f"batch_size is {batch_size}, not at least 1")
 
 
+def _check_alphas(mixup_alpha: float, cutmix_alpha: float) -> None:
+    for name, alpha in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
+        if alpha < 0:
+            raise ValueError(f"{name} is {alpha}, below 0")
+
+
 def _check_augmentation(augmentation: Mapping[str, Any]) -> None:
-    """Raise ValueError for other keys than `AUGMENTATION` and for an unknown policy."""
+    """Raise ValueError for other keys than `AUGMENTATION` and for a value out of range."""
     if set(augmentation) != set(AUGMENTATION):
         given, allowed = (", ".join(sorted(keys)) for keys in (augmentation, AUGMENTATION))
         raise ValueError(f"augmentation has the keys {given}; it takes {allowed}")
-    if augmentation["policy"] not in POLICIES:
-        policy = augmentation["policy"]
-        raise ValueError(f"augmentation policy {policy!r} is none of {', '.join(POLICIES)}")
+    check(**augmentation)

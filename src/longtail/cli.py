@@ -8,6 +8,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 from longtail import params as schema
@@ -34,7 +35,10 @@ def run_cell(plan: str, cell: str, env: dict[str, str]) -> bool:
 
 
 def run(plan: str, only: str, jobs: int) -> int:
-    """Run a plan's cells, `jobs` side by side, then its report. Returns the number of cells that failed."""
+    """Run a plan's cells, `jobs` side by side, then its report. Returns the number of cells that failed.
+
+    Several devices in LONGTAIL_DEVICE (cuda:0,cuda:1) are shared by the jobs.
+    """
     plans = schema.load()["plans"]
     if plan not in plans:
         raise ValueError(f"plan {plan!r} is not in params.yaml; there are {', '.join(plans)}")
@@ -49,8 +53,20 @@ def run(plan: str, only: str, jobs: int) -> int:
     # threads of two trainings on the same cores wait for each other: each gets its own share
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
+    devices = os.environ.get("LONGTAIL_DEVICE", "").split(",")
+    free: Queue[str] = Queue()  # a device for each job that is under way
+    for job in range(jobs):
+        free.put(devices[job % len(devices)])
+
+    def with_device(cell: str) -> bool:
+        device = free.get()
+        try:
+            return run_cell(plan, cell, {**env, "LONGTAIL_DEVICE": device})
+        finally:
+            free.put(device)
+
     with ThreadPoolExecutor(jobs) as pool:
-        done = list(pool.map(lambda cell: run_cell(plan, cell, env), chosen))
+        done = list(pool.map(with_device, chosen))
     failed = [cell for cell, ok in zip(chosen, done, strict=True) if not ok]
     if len(failed) < len(chosen):
         repro("-q", "-s", f"{PIPELINE}:report@{plan}")  # -s: cells that were not chosen stay as they are

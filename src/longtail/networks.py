@@ -9,6 +9,7 @@ B batch, C classes, E experts, D features (4 * width).
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longtail import files
+from longtail import files, fused, kernels
 
 
 class Block(nn.Module):
@@ -36,13 +37,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = self.bn2(self.conv2(y))
-        if self.stride > 1 or self.new_channels:
-            half = self.new_channels // 2
-            x = F.pad(
-                x[:, :, :: self.stride, :: self.stride],
-                (0, 0, 0, 0, half, self.new_channels - half),
-            )
-        return F.relu(y + x, inplace=True)
+        return F.relu(y + fused.shortcut(x, self.stride, self.new_channels), inplace=True)
 
 
 class LinearHead(nn.Linear):
@@ -78,7 +73,7 @@ class Expert(nn.Module):
         self.head = HEADS[head](4 * width, classes, scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        features_BD = self.group3(self.group2(x)).mean((2, 3))
+        features_BD = run_blocks(x, [*self.group2, *self.group3]).mean((2, 3))
         with torch.autocast(x.device.type, enabled=False):  # logits in float32, whatever the trunk uses
             return self.head(features_BD.float())
 
@@ -87,6 +82,22 @@ def group(blocks: int, channels_in: int, channels_out: int, stride: int) -> nn.S
     """A run of blocks, the first of which changes channels and resolution."""
     first = Block(channels_in, channels_out, stride)
     return nn.Sequential(first, *(Block(channels_out, channels_out, 1) for _ in range(blocks - 1)))
+
+
+def norm_relu(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    """relu(norm(x)): compiled kernels in training where they can be had, else PyTorch's operations."""
+    if norm.training and kernels.usable(x, norm):
+        return fused.norm_relu(x, norm)
+    return F.relu(norm(x), inplace=True)
+
+
+def run_blocks(x: Tensor, blocks: list[Any]) -> Tensor:
+    """The blocks one after the other: compiled kernels in training where they can be had, else the modules."""
+    if blocks[0].training and kernels.usable(x, blocks[0].bn1):
+        return fused.blocks(x, blocks)
+    for block in blocks:
+        x = block(x)
+    return x
 
 
 class ResNet(nn.Module):
@@ -134,8 +145,19 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images (B, channels, H, W) to logits (E, B, C) in float32."""
-        x = self.group1(F.relu(self.bn1(self.conv1(images)), inplace=True))
+        x = run_blocks(norm_relu(self.conv1(images), self.bn1), [*self.group1])
         return torch.stack([expert(x) for expert in self.experts])
+
+
+def compiled(network: ResNet) -> Any:
+    """The network's forward pass, through torch.compile where LONGTAIL_COMPILE=on asks for it.
+
+    What the compiler cannot do runs as it is. On the CPU the compiled kernels of longtail.kernels are faster.
+    """
+    if os.environ.get("LONGTAIL_COMPILE") != "on":
+        return network
+    torch._dynamo.config.suppress_errors = True
+    return torch.compile(network)
 
 
 def product(logits_EBC: Tensor) -> Tensor:

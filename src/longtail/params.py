@@ -75,12 +75,32 @@ class Schedule(Block):
         return self
 
 
+class Resolution(Block):
+    milestones: list[Count]
+    scales: list[Annotated[float, Field(gt=0, le=1)]]
+
+    @model_validator(mode="after")
+    def _pairs(self) -> "Resolution":
+        if len(self.milestones) != len(self.scales):
+            raise ValueError(f"{len(self.milestones)} milestones and {len(self.scales)} scales")
+        if self.milestones != sorted(set(self.milestones)):
+            raise ValueError(f"milestones must rise: {self.milestones}")
+        return self
+
+
 class Augmentation(Block):
     crop_padding: Annotated[int, Field(ge=0, le=64)]
     flip: bool
-    policy: Literal["none", "autoaugment_cifar10"]
+    policy: Literal["none", "autoaugment_cifar10", "randaugment", "trivialaugment"]
+    color_jitter: list[NotNegative] = Field(min_length=4, max_length=4)
     rotation: Annotated[float, Field(ge=0, le=180)]
     cutout: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _hue_is_a_part_of_a_turn(self) -> "Augmentation":
+        if self.color_jitter[3] > 0.5:
+            raise ValueError(f"color_jitter: hue is {self.color_jitter[3]} turns, not in 0..0.5")
+        return self
 
 
 class Normalization(Block):
@@ -113,17 +133,23 @@ class Recipe(Block):
     epochs: Count
     batch_size: Annotated[int, Field(ge=2)]
     drop_last: bool
+    accumulate: Count
     optimizer: Optimizer
     schedule: Schedule
+    weight_average: Annotated[float, Field(ge=0, lt=1)]
+    sync_batch_norm: bool
     augmentation: Augmentation
+    resolution: Resolution
     mixup_alpha: NotNegative
+    cutmix_alpha: NotNegative
     normalization: Normalization
     network: Network
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["fp32", "bf16", "fp16"]
+    test_every: Annotated[int, Field(ge=0)]
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> "Recipe":
-        late = [step for step in self.schedule.milestones if step >= self.epochs]
+        late = [step for step in [*self.schedule.milestones, *self.resolution.milestones] if step >= self.epochs]
         if self.schedule.warmup_epochs > self.epochs or late:
             raise ValueError(f"schedule goes on after the last of {self.epochs} epochs: {late or 'warmup_epochs'}")
         return self

@@ -3,17 +3,18 @@
 import os
 import platform
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from longtail import batches, engine, files, inference, losses, networks
+from longtail import batches, engine, files, inference, kernels, losses, networks, processes
+from longtail.checkpoints import Checkpoint
 from longtail.live import Live, versions
 
-HISTORY = ["epoch", "lr", "loss", "train_accuracy", "held_out_accuracy"]
+HISTORY = ["epoch", "lr", "loss", "train_accuracy", "held_out_accuracy", "test_accuracy"]
 
 
 def train(
@@ -40,17 +41,18 @@ def train(
     recipe = dict(recipe)
     arrays = files.load_arrays(data)
     device, classes = inference.find_device(), len(arrays["class_names"])
-    train_split = batches.Split.from_arrays(arrays["train_images"], arrays["train_labels"], classes, device)
-    held_out = None
-    if len(arrays["held_out_labels"]):
-        held_out = batches.Split.from_arrays(arrays["held_out_images"], arrays["held_out_labels"], classes, device)
-
+    processes.start(device)
+    sets = {
+        name: batches.Split.from_arrays(arrays[f"{name}_images"], arrays[f"{name}_labels"], classes, device)
+        for name in ("train", "held_out", "test")
+        if len(arrays[f"{name}_labels"])
+    }
     seed = int(cell["seed"])
     inference.set_up(seed)
-    counts = torch.bincount(train_split.labels, minlength=classes)
+    counts = torch.bincount(sets["train"].labels, minlength=classes)
     loss = losses.load(cell["method"])(counts, **method)
     network = networks.ResNet(
-        channels=train_split.images.shape[1],
+        channels=sets["train"].images.shape[1],
         classes=classes,
         experts=loss.experts,
         **recipe.pop("network"),
@@ -58,33 +60,35 @@ def train(
     ).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     identity = f"{fingerprint} torch {torch.__version__}"
-    checkpoint = engine.Checkpoint(Path("runs/.checkpoints") / f"{fingerprint}.pt", identity)
-    name = " ".join(cell.values())
-    with Live(cell, fingerprint, shown) as live, Progress(name, recipe["epochs"]) as progress:
+    checkpoint = Checkpoint(Path("runs/.checkpoints") / f"{fingerprint}.pt", identity)
+    name, first = " ".join(cell.values()), processes.rank() == 0
+    with ExitStack() as open_while_training:
+        if first:
+            open_while_training.enter_context(checkpoint.alone())
+            live = open_while_training.enter_context(Live(cell, fingerprint, shown))
+            progress = open_while_training.enter_context(Progress(name, recipe["epochs"]))
 
         def on_epoch(row: dict[str, Any]) -> None:
-            progress.show(row)
-            live.log(row["epoch"], {key: value for key, value in row.items() if value is not None})
+            if first:
+                progress.show(row)
+                live.log(row["epoch"], {key: value for key, value in row.items() if value is not None})
 
         try:
             fitted = engine.fit(
-                network,
-                loss,
-                train_split,
-                held_out,
-                seed=seed,
-                checkpoint=checkpoint,
-                on_epoch=on_epoch,
-                **recipe,
-            )
+                network, loss, sets["train"], sets.get("held_out"), sets.get("test"),
+                seed=seed, checkpoint=checkpoint, on_epoch=on_epoch, **recipe,
+            )  # fmt: skip
         except FloatingPointError as error:
-            raise FloatingPointError(f"{name}: {error}") from error
-    images = len(train_split.labels) * recipe["epochs"]
-    _write(fitted, Path(model), history)
-    speed = {"seconds": fitted.seconds, "images_per_s": images / fitted.seconds}
-    machine = {"training": fingerprint, **speed, **describe(device), "versions": versions()}
-    files.write_json(Path(model).parent / "machine.json", machine)  # no out: another machine writes another one
-    checkpoint.remove()
+            kept = f"; the checkpoint before it is {checkpoint.path}" if checkpoint.load() else ""
+            raise FloatingPointError(f"{name}: {error}{kept}") from error
+        if first:
+            _write(fitted, Path(model), history)
+            speed = {"seconds": fitted.seconds, "images_per_s": len(sets["train"]) * recipe["epochs"] / fitted.seconds}
+            machine = {"training": fingerprint, **speed, **describe(device), "versions": versions()}
+            machine["precision"] = inference.precision_on(device, recipe["precision"])
+            files.write_json(Path(model).parent / "machine.json", machine)  # no out: another machine writes another one
+            checkpoint.remove()
+    processes.stop()
 
 
 def _write(fitted: engine.Fitted, folder: Path, history: str) -> None:
@@ -105,7 +109,9 @@ def describe(device: torch.device) -> dict[str, Any]:
         cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
-        "device": device.type, "cpu": cpu, "gpu": gpu, "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "device": device.type, "cpu": cpu, "gpu": gpu, "threads": torch.get_num_threads(),
+        "processes": processes.world(),
+        "kernels": device.type == "cpu" and kernels.library() is not None, "torch": torch.__version__,
     }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longtail import processes
 from longtail.losses import BaseLoss
 from longtail.ranges import NotNegative
 
@@ -37,6 +38,7 @@ class Loss(BaseLoss):
     negative_C: Tensor
     theta_C: Tensor
     phi_C: Tensor
+    step_2C: Tensor
 
     def __init__(self, class_counts_C: Tensor, *, lambda1: NotNegative, lambda2: NotNegative):
         super().__init__()
@@ -44,6 +46,7 @@ class Loss(BaseLoss):
         for name in ("positive_C", "negative_C", "theta_C", "phi_C"):
             zeros_C = torch.zeros(len(class_counts_C), device=class_counts_C.device)
             self.register_buffer(name, zeros_C)
+        self.step_2C = torch.zeros(2, len(class_counts_C), device=class_counts_C.device)  # empty between steps
 
     def forward(self, logits_EBC: Tensor, labels_B: Tensor, weight: float = 1.0) -> Tensor:
         """Mean over experts and batch, in nats; in training its gradients are added to G."""
@@ -63,11 +66,14 @@ class Loss(BaseLoss):
         own_EB = probability_EBC.gather(2, labels_B.view(1, -1, 1).expand(experts, -1, 1)).squeeze(2)
         positive_B = weight * (1 - own_EB).sum(0) / (experts * batch)
         negative_B = weight * (probability_EBC.sum(2) - own_EB).sum(0) / (experts * batch)
-        self.positive_C.index_add_(0, labels_B, positive_B)
-        self.negative_C.index_add_(0, labels_B, negative_B)
+        self.step_2C.index_add_(1, labels_B, torch.stack([positive_B, negative_B]))
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Add the running sums to theta and phi (the released double accumulation)."""
+        """Add the step to the running sums, and those to theta and phi (the released double accumulation)."""
+        processes.add_up(self.step_2C)
+        self.positive_C += self.step_2C[0]
+        self.negative_C += self.step_2C[1]
+        self.step_2C.zero_()
         self.theta_C += self.positive_C
         self.phi_C += self.negative_C

@@ -1,0 +1,1 @@
+"""What training costs, measured: one program a question (README.md)."""

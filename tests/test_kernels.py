@@ -1,0 +1,187 @@
+"""The compiled kernels against PyTorch's own operations, and what happens where they cannot be had."""
+
+import copy
+import os
+import shutil
+import stat
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from longtail import fused, kernels, networks
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler on this machine"
+)
+SHAPES = [(4, 16, 6, 6), (3, 5, 7, 2), (2, 33, 4, 4), (2, 64, 2, 3), (64, 16, 32, 32)]
+
+
+def activations(shape: tuple[int, ...], dtype: torch.dtype, number: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    draws = [torch.randn(shape, generator=generator) * 2 + 3 for _ in range(number)]
+    return [draw.to(dtype).contiguous(memory_format=torch.channels_last) for draw in draws]
+
+
+def norm_of(channels: int) -> nn.BatchNorm2d:
+    torch.manual_seed(1)
+    norm = nn.BatchNorm2d(channels)
+    nn.init.uniform_(norm.weight, -1, 1)
+    nn.init.uniform_(norm.bias, -1, 1)
+    return norm
+
+
+def as_published(x, residual, norm):
+    """Ioffe & Szegedy 2015, algorithm 1, in double precision, with the residual and the ReLU behind it."""
+    mean = x.mean((0, 2, 3), keepdim=True)
+    variance = (x - mean).square().mean((0, 2, 3), keepdim=True)
+    normal = (x - mean) / (variance + norm.eps).sqrt()
+    y = norm.weight.double().view(1, -1, 1, 1) * normal + norm.bias.double().view(1, -1, 1, 1)
+    return F.relu(y if residual is None else y + residual)
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_norm_and_relu_are_the_published_ones(shape, dtype, with_residual):
+    x, residual, gradient, past = activations(shape, dtype, 4)
+    norm = norm_of(shape[1])
+    slow = copy.deepcopy(norm)
+    out, saved = kernels.forward(x, residual if with_residual else None, norm)
+    leaves = [tensor.double().requires_grad_() for tensor in ((x, residual) if with_residual else (x,))]
+    expected = as_published(leaves[0], leaves[1] if with_residual else None, slow)
+    rounding = 2**-8 if dtype == torch.bfloat16 else 2**-21
+    torch.testing.assert_close(out.double(), expected.detach(), rtol=rounding, atol=rounding)
+    wide = x.double()
+    torch.testing.assert_close(norm.running_mean, 0.1 * wide.mean((0, 2, 3)).float())
+    torch.testing.assert_close(norm.running_var, (0.9 + 0.1 * wide.var((0, 2, 3))).float())
+    assert norm.num_batches_tracked == 1
+
+    found = kernels.backward(gradient, past, x, out if with_residual else None, saved)
+    expected.backward((gradient.double() + past.double()) * (out > 0))
+    tolerance = 0.02 if dtype == torch.bfloat16 else 1e-4
+    pairs = [(found[0], leaves[0].grad), (found[2], slow.weight.grad), (found[3], slow.bias.grad)]
+    pairs += [(found[1], leaves[1].grad)] if with_residual else []
+    for mine, theirs in pairs:
+        assert (mine.double() - theirs).norm() <= tolerance * theirs.norm()
+
+
+@needs_compiler
+def test_nan_stays_and_one_value_a_channel_is_refused():
+    x = torch.full((2, 16, 2, 2), torch.nan).contiguous(memory_format=torch.channels_last)
+    assert kernels.forward(x, None, norm_of(16))[0].isnan().all()
+    with pytest.raises(ValueError, match="more than one value per channel"):
+        kernels.forward(torch.zeros(1, 16, 1, 1), None, norm_of(16))
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("images", "size_in", "size_out", "side"), [(5, 16, 32, 10), (40, 32, 16, 8), (2, 64, 64, 32), (3, 16, 16, 2)]
+)
+def test_weight_gradient(images, size_in, size_out, side):
+    (x,) = activations((images, size_in, side, side), torch.bfloat16, 1)
+    (gradient,) = activations((images, size_out, side, side), torch.bfloat16, 1)
+    (weight,) = activations((size_out, size_in, 3, 3), torch.bfloat16, 1)
+    found = kernels.convolution_backward(gradient, x, weight, 1)
+    wide = [tensor.double() for tensor in (gradient, x, weight)]
+    expected = torch.ops.aten.convolution_backward(
+        *wide, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]
+    )
+    own = hasattr(kernels.library(), "weight_gradient_bfloat16")  # in float32; PyTorch's is rounded to bfloat16
+    assert (found[1] - expected[1]).norm() < (2e-6 if own else 5e-3) * expected[1].norm()
+    assert (found[0] - expected[0]).norm() < 5e-3 * expected[0].norm()
+
+
+@needs_compiler
+@pytest.mark.parametrize(("stride", "new"), [(2, 16), (2, 0), (1, 7), (3, 4)])
+def test_gradient_of_the_shortcut(stride, new):
+    x = torch.randn(2, 16, 9, 9).contiguous(memory_format=torch.channels_last).requires_grad_()
+    out = fused.shortcut(x, stride, new)
+    gradient = torch.randn(out.shape).contiguous(memory_format=torch.channels_last)
+    out.backward(gradient)
+    found = torch.ones(x.shape).contiguous(memory_format=torch.channels_last)
+    kernels.add_shortcut(found, gradient, stride)
+    torch.testing.assert_close(found, 1 + x.grad)
+
+
+def resnet(experts: int = 2) -> networks.ResNet:
+    torch.manual_seed(0)
+    return networks.ResNet(
+        channels=3, classes=5, experts=experts, depth=8, width=16, head="linear", scale=1.0,
+        mean=[0.5] * 3, std=[0.2] * 3,
+    ).to(memory_format=torch.channels_last)  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_network_with_kernels_is_the_network_without(monkeypatch, precision):
+    images, labels = torch.randn(32, 3, 12, 12), torch.randint(5, (32,))
+    found = []
+    for switch in ("on", "off"):
+        monkeypatch.setenv("LONGTAIL_KERNELS", switch)
+        kernels.library.cache_clear()
+        network = resnet()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            logits = network(images)
+        F.cross_entropy(logits.flatten(0, 1), labels.repeat(2)).backward()
+        found.append((logits.detach(), torch.cat([p.grad.flatten() for p in network.parameters()]), network))
+    kernels.library.cache_clear()
+    (logits, grads, network), (plain_logits, plain_grads, plain) = found
+    tolerance = 1e-5 if precision == "fp32" else 0.05
+    assert (logits - plain_logits).norm() < tolerance * plain_logits.norm()
+    # a value at 0 may pass one ReLU and not the other
+    assert (grads - plain_grads).norm() < max(5e-3, 4 * tolerance) * plain_grads.norm()
+    for (name, mine), theirs in zip(network.state_dict().items(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance, msg=name)
+
+
+@needs_compiler
+def test_results_do_not_depend_on_the_number_of_threads():
+    x, residual, gradient = activations((64, 16, 32, 32), torch.bfloat16, 3)
+    found, threads = [], torch.get_num_threads()
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            out, saved = kernels.forward(x, residual, norm_of(16))
+            weight = torch.zeros(16, 16, 3, 3, dtype=torch.bfloat16)
+            found.append((out, *kernels.backward(gradient, None, x, out, saved)))
+            found[-1] += (kernels.convolution_backward(gradient, x, weight, 1)[1],)
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        compared = zip(found[0], other, strict=True)
+        assert all(torch.equal(mine, theirs) for mine, theirs in compared)
+
+
+def test_without_a_compiler_training_goes_on(tmp_path):
+    """No compiler, one that fails, and a cache that is written once: PyTorch's operations, one line that says why."""
+    program = "from longtail import kernels; import torch; print(kernels.library() is not None)"
+
+    def run(**env: str) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), **env}
+        return subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
+
+    nothing = tmp_path / "empty"
+    nothing.mkdir()
+    missing = run(PATH=str(nothing), CXX="")
+    assert missing.stdout == "False\n" and "no C++ compiler" in missing.stderr
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\necho 'internal error' >&2\nexit 1\n")
+    broken.chmod(broken.stat().st_mode | stat.S_IEXEC)
+    failing = run(CXX=str(broken))
+    assert failing.stdout == "False\n" and "internal error" in failing.stderr
+    assert run(LONGTAIL_KERNELS="off").stdout == "False\n"
+    assert not list(tmp_path.glob("cache/longtail/*"))
+
+
+@needs_compiler
+def test_built_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = kernels.build()
+    made = first.stat().st_mtime_ns
+    assert kernels.build() == first and first.stat().st_mtime_ns == made
+    assert [path.name for path in first.parent.iterdir()] == [first.name]
