@@ -79,17 +79,18 @@ def test_nan_stays_and_one_value_a_channel_is_refused():
 
 
 @needs_compiler
+@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(
-    ("images", "size_in", "size_out", "side"), [(5, 16, 32, 10), (40, 32, 16, 8), (2, 64, 64, 32), (3, 16, 16, 2)]
+    ("images", "size_in", "size_out", "side"), [(5, 16, 32, 12), (40, 32, 16, 8), (2, 64, 64, 32), (3, 16, 16, 4)]
 )
-def test_weight_gradient(images, size_in, size_out, side):
+def test_weight_gradient(images, size_in, size_out, side, stride):
     (x,) = activations((images, size_in, side, side), torch.bfloat16, 1)
-    (gradient,) = activations((images, size_out, side, side), torch.bfloat16, 1)
+    (gradient,) = activations((images, size_out, side // stride, side // stride), torch.bfloat16, 1)
     (weight,) = activations((size_out, size_in, 3, 3), torch.bfloat16, 1)
-    found = kernels.convolution_backward(gradient, x, weight, 1)
+    found = kernels.convolution_backward(gradient, x, weight, stride)
     wide = [tensor.double() for tensor in (gradient, x, weight)]
     expected = torch.ops.aten.convolution_backward(
-        *wide, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]
+        *wide, None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]
     )
     own = hasattr(kernels.library(), "weight_gradient_bfloat16")  # in float32; PyTorch's is rounded to bfloat16
     assert (found[1] - expected[1]).norm() < (2e-6 if own else 5e-3) * expected[1].norm()

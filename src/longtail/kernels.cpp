@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -21,31 +22,48 @@ constexpr int64_t BLOCK_BYTES = 1 << 15;  // of an operand: a block of all of th
 constexpr int64_t FEW_VALUES = 1 << 14;   // not worth a second thread
 
 using bfloat16 = uint16_t;
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
-inline float load(float x) { return x; }
+inline Floats widen(Floats x) { return x; }
+inline Floats widen(Halves x) { return (Floats)(__builtin_convertvector(x, Bits) << 16); }
 
-inline float load(bfloat16 x) {
-  uint32_t bits = uint32_t(x) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
+inline void narrow(Floats x, Floats& to) { to = x; }
+inline void narrow(Floats x, Halves& to) {  // to the nearest, ties to even
+#ifdef __AVX512BF16__
+  to = (Halves)_mm512_cvtneps_pbh((__m512)x);
+#else
+  Bits bits = (Bits)x;
+  to = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
+#endif
 }
 
-inline void store(float& to, float x) { to = x; }
-
-inline void store(bfloat16& to, float x) {  // to the nearest, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  to = bfloat16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-// The constants of LANES channels from `first` on; zeros where there are no more channels.
-struct Lanes {
-  float at[LANES] = {};
-  Lanes(const float* values, int64_t first, int64_t channels) {
-    std::copy(values + first, values + std::min(first + LANES, channels), at);
-  }
+template <class T>
+struct Vector;
+template <>
+struct Vector<float> {
+  using type = Floats;
 };
+template <>
+struct Vector<bfloat16> {
+  using type = Halves;
+};
+
+// LANES values, or the first `width` of them and zeros.
+template <bool ALL, class T>
+inline Floats load(const T* from, int64_t width) {
+  typename Vector<T>::type values = {};
+  std::memcpy(&values, from, ALL ? sizeof values : width * sizeof(T));
+  return widen(values);
+}
+
+template <bool ALL, class T>
+inline void store(T* to, Floats x, int64_t width) {
+  typename Vector<T>::type values;
+  narrow(x, values);
+  std::memcpy(to, &values, ALL ? sizeof values : width * sizeof(T));
+}
 
 // work(row begin, row end, block) over all rows, in blocks of `step`.
 template <class Work>
@@ -60,35 +78,32 @@ int64_t block_rows(int64_t channels) {
   return std::max<int64_t>(8, BLOCK_BYTES / int64_t(sizeof(T)) / channels);
 }
 
-// Two sums a channel over all rows. at(first) gives for the channels from `first` on a function
-// (row, lane, sum, other sum) that adds what its row contributes.
-template <class T, class At>
-void sums(int64_t rows, int64_t channels, std::vector<double>& sum, std::vector<double>& other, At at) {
+// Calls work(whether there are LANES channels from `first` on, first, how many) for all channels.
+template <class Work>
+inline void by_lanes(int64_t channels, Work work) {
+  int64_t first = 0;
+  for (; first + LANES <= channels; first += LANES) work(std::true_type(), first, LANES);
+  if (first < channels) work(std::false_type(), first, channels - first);
+}
+
+// Two sums a channel over all rows. pass.sum<ALL>(i, lane constants, sum, other) adds what the values from i on give.
+template <class T, class Pass>
+void sums(int64_t rows, int64_t channels, std::vector<double>& sum, std::vector<double>& other, Pass pass) {
   int64_t step = block_rows<T>(channels), blocks = (rows + step - 1) / step;
   std::vector<float> partial(size_t(2 * blocks * channels));
   in_blocks(rows, channels, step, [&](int64_t begin, int64_t end, int64_t block) {
-    for (int64_t first = 0; first < channels; first += LANES) {
-      auto add = at(first);
-      int64_t width = std::min(LANES, channels - first);
-      float a[2][LANES] = {}, b[2][LANES] = {};  // even and odd rows apart: two chains of additions are faster
-      if (width == LANES) {
-        int64_t row = begin;
-        for (; row + 2 <= end; row += 2) {
-#pragma omp simd
-          for (int64_t lane = 0; lane < LANES; ++lane) add(row, lane, a[0][lane], b[0][lane]);
-#pragma omp simd
-          for (int64_t lane = 0; lane < LANES; ++lane) add(row + 1, lane, a[1][lane], b[1][lane]);
-        }
-        for (int64_t lane = 0; row < end && lane < LANES; ++lane) add(row, lane, a[0][lane], b[0][lane]);
-      } else {
-        for (int64_t row = begin; row < end; ++row)
-          for (int64_t lane = 0; lane < width; ++lane) add(row, lane, a[0][lane], b[0][lane]);
+    by_lanes(channels, [&](auto all, int64_t first, int64_t width) {
+      auto add = pass.template at<decltype(all)::value>(first, width);
+      Floats a[2] = {}, b[2] = {};  // even and odd rows apart: two chains of additions are faster
+      int64_t row = begin;
+      for (; row + 2 <= end; row += 2) {
+        add(row * channels + first, a[0], b[0]);
+        add((row + 1) * channels + first, a[1], b[1]);
       }
-      for (int64_t lane = 0; lane < width; ++lane) {
-        partial[2 * block * channels + first + lane] = a[0][lane] + a[1][lane];
-        partial[(2 * block + 1) * channels + first + lane] = b[0][lane] + b[1][lane];
-      }
-    }
+      if (row < end) add(row * channels + first, a[0], b[0]);
+      store<decltype(all)::value>(&partial[2 * block * channels + first], a[0] + a[1], width);
+      store<decltype(all)::value>(&partial[(2 * block + 1) * channels + first], b[0] + b[1], width);
+    });
   });
   sum.assign(channels, 0.0);
   other.assign(channels, 0.0);
@@ -99,22 +114,14 @@ void sums(int64_t rows, int64_t channels, std::vector<double>& sum, std::vector<
     }
 }
 
-// at(first) gives for the channels from `first` on a function (row, lane), called for each value.
-template <class T, class At>
-void each(int64_t rows, int64_t channels, At at) {
+// Calls what pass.at<ALL>(first channel, width) gives for the values of each row.
+template <class T, class Pass>
+void each(int64_t rows, int64_t channels, Pass pass) {
   in_blocks(rows, channels, block_rows<T>(channels), [&](int64_t begin, int64_t end, int64_t) {
-    for (int64_t first = 0; first < channels; first += LANES) {
-      auto write = at(first);
-      int64_t width = std::min(LANES, channels - first);
-      for (int64_t row = begin; row < end; ++row) {
-        if (width == LANES) {
-#pragma omp simd
-          for (int64_t lane = 0; lane < LANES; ++lane) write(row, lane);
-        } else {
-          for (int64_t lane = 0; lane < width; ++lane) write(row, lane);
-        }
-      }
-    }
+    by_lanes(channels, [&](auto all, int64_t first, int64_t width) {
+      auto write = pass.template at<decltype(all)::value>(first, width);
+      for (int64_t row = begin; row < end; ++row) write(row * channels + first);
+    });
   });
 }
 
@@ -126,17 +133,25 @@ struct Saved {
 };
 
 template <class T>
+struct Moments {
+  const T* x;
+  const float* origin;
+  template <bool ALL>
+  auto at(int64_t first, int64_t width) const {
+    return [x = x, width, from = load<ALL>(origin + first, width)](int64_t i, Floats& sum, Floats& squares) {
+      Floats value = load<ALL>(x + i, width) - from;
+      sum += value;
+      squares += value * value;
+    };
+  }
+};
+
+template <class T>
 void moments(const T* x, int64_t rows, int64_t channels, float* mean, std::vector<double>& variance) {
   std::vector<float> origin(channels);  // the first row: squares of what is left do not cancel
-  for (int64_t c = 0; c < channels; ++c) origin[c] = load(x[c]);
+  for (int64_t c = 0; c < channels; ++c) origin[c] = load<false>(x + c, 1)[0];
   std::vector<double> sum, squares;
-  sums<T>(rows, channels, sum, squares, [&](int64_t first) {
-    return [=, from = Lanes(origin.data(), first, channels)](int64_t row, int64_t lane, float& a, float& b) {
-      float value = load(x[row * channels + first + lane]) - from.at[lane];
-      a += value;
-      b += value * value;
-    };
-  });
+  sums<T>(rows, channels, sum, squares, Moments<T>{x, origin.data()});
   variance.resize(channels);
   for (int64_t c = 0; c < channels; ++c) {
     double shifted = sum[c] / rows;
@@ -146,17 +161,20 @@ void moments(const T* x, int64_t rows, int64_t channels, float* mean, std::vecto
 }
 
 template <class T, bool RESIDUAL>
-void values(const T* x, const T* residual, int64_t rows, int64_t channels, Saved saved, T* out) {
-  each<T>(rows, channels, [&](int64_t first) {
-    return [=, scale = Lanes(saved.scale, first, channels), shift = Lanes(saved.shift, first, channels)](
-               int64_t row, int64_t lane) {
-      int64_t i = row * channels + first + lane;
-      float value = load(x[i]) * scale.at[lane] + shift.at[lane];
-      if (RESIDUAL) value += load(residual[i]);
-      store(out[i], value < 0 ? 0.f : value);  // NaN stays
+struct Values {
+  const T *x, *residual;
+  Saved saved;
+  T* out;
+  template <bool ALL>
+  auto at(int64_t first, int64_t width) const {
+    return [=, *this, scale = load<ALL>(saved.scale + first, width),
+            shift = load<ALL>(saved.shift + first, width)](int64_t i) {
+      Floats value = load<ALL>(x + i, width) * scale + shift;
+      if (RESIDUAL) value += load<ALL>(residual + i, width);
+      store<ALL>(out + i, value < 0 ? Floats{} : value, width);  // NaN stays
     };
-  });
-}
+  }
+};
 
 template <class T>
 void forward(const T* x, const T* residual, int64_t rows, int64_t channels, const float* weight, const float* bias,
@@ -171,21 +189,54 @@ void forward(const T* x, const T* residual, int64_t rows, int64_t channels, cons
     running_mean[c] += momentum * (saved.mean[c] - running_mean[c]);
     running_var[c] += momentum * (float(variance[c] * rows / (rows - 1)) - running_var[c]);
   }
-  if (residual) values<T, true>(x, residual, rows, channels, saved, out);
-  else values<T, false>(x, residual, rows, channels, saved, out);
+  if (residual) each<T>(rows, channels, Values<T, true>{x, residual, saved, out});
+  else each<T>(rows, channels, Values<T, false>{x, residual, saved, out});
 }
 
 // The gradient before the ReLU. It comes in one or two parts (through the next convolution and past it), and the ReLU
-// let a value through where `out` is above 0; without a residual that is seen from x, which is read anyway.
+// let a value through where `out` is above 0; without a residual that is seen from x, which is read anyway. With a
+// residual it is the residual's gradient too, and is written down on the way.
 template <class T, bool TWO, bool RESIDUAL>
 struct Upstream {
   const T *x, *out, *first_part, *second_part;
-  Lanes scale, shift;
-  inline float operator()(int64_t i, int64_t lane) const {
-    float gradient = load(first_part[i]);
-    if (TWO) gradient += load(second_part[i]);
-    float passed = RESIDUAL ? load(out[i]) : load(x[i]) * scale.at[lane] + shift.at[lane];
-    return passed > 0 ? gradient : 0.f;
+  Saved saved;
+  T* grad_residual;
+  template <bool ALL>
+  auto at(int64_t first, int64_t width) const {
+    return [=, *this, scale = load<ALL>(saved.scale + first, width), shift = load<ALL>(saved.shift + first, width),
+            mean = load<ALL>(saved.mean + first, width)](int64_t i, Floats& total, Floats& with_x) {
+      Floats gradient = load<ALL>(first_part + i, width), value = load<ALL>(x + i, width);
+      if (TWO) gradient += load<ALL>(second_part + i, width);
+      Floats passed = RESIDUAL ? load<ALL>(out + i, width) : value * scale + shift;
+      gradient = passed > 0 ? gradient : Floats{};
+      if (RESIDUAL) store<ALL>(grad_residual + i, gradient, width);
+      total += gradient;
+      with_x += gradient * (value - mean);
+    };
+  }
+};
+
+// d loss / d x = scale * (g - mean(g) - x_hat * mean(g * x_hat)), as g * scale + x * slope + offset
+template <class T, bool TWO, bool RESIDUAL>
+struct Downstream {
+  const T *x, *first_part, *second_part, *grad_residual;
+  Saved saved;
+  const float *slope, *offset;
+  T* grad_x;
+  template <bool ALL>
+  auto at(int64_t first, int64_t width) const {
+    return [=, *this, scale = load<ALL>(saved.scale + first, width), shift = load<ALL>(saved.shift + first, width),
+            slope_ = load<ALL>(slope + first, width), offset_ = load<ALL>(offset + first, width)](int64_t i) {
+      Floats value = load<ALL>(x + i, width), gradient;
+      if (RESIDUAL) {
+        gradient = load<ALL>(grad_residual + i, width);
+      } else {
+        gradient = load<ALL>(first_part + i, width);
+        if (TWO) gradient += load<ALL>(second_part + i, width);
+        gradient = value * scale + shift > 0 ? gradient : Floats{};
+      }
+      store<ALL>(grad_x + i, gradient * scale + value * slope_ + offset_, width);
+    };
   }
 };
 
@@ -193,22 +244,9 @@ template <class T, bool TWO, bool RESIDUAL>
 void backward(const T* first_part, const T* second_part, const T* x, const T* out, int64_t rows, int64_t channels,
               float* saved_values, T* grad_x, T* grad_residual, float* grad_weight, float* grad_bias) {
   Saved saved(saved_values, channels);
-  auto upstream = [=](int64_t first) {
-    return Upstream<T, TWO, RESIDUAL>{x, out, first_part, second_part, Lanes(saved.scale, first, channels),
-                                      Lanes(saved.shift, first, channels)};
-  };
   std::vector<double> total, with_x;
-  sums<T>(rows, channels, total, with_x, [&](int64_t first) {
-    return [=, g = upstream(first), mean = Lanes(saved.mean, first, channels)](int64_t row, int64_t lane, float& a,
-                                                                              float& b) {
-      int64_t i = row * channels + first + lane;
-      float gradient = g(i, lane);
-      if (RESIDUAL) store(grad_residual[i], gradient);
-      a += gradient;
-      b += gradient * (load(x[i]) - mean.at[lane]);
-    };
-  });
-  // d loss / d x = scale * (g - mean(g) - x_hat * mean(g * x_hat)), as gradient * scale + x * slope + offset
+  sums<T>(rows, channels, total, with_x,
+          Upstream<T, TWO, RESIDUAL>{x, out, first_part, second_part, saved, grad_residual});
   std::vector<float> slope(channels), offset(channels);
   for (int64_t c = 0; c < channels; ++c) {
     grad_bias[c] = float(total[c]);
@@ -216,15 +254,9 @@ void backward(const T* first_part, const T* second_part, const T* x, const T* ou
     slope[c] = -saved.scale[c] * saved.inverse_std[c] * grad_weight[c] / rows;
     offset[c] = -saved.scale[c] * grad_bias[c] / rows - slope[c] * saved.mean[c];
   }
-  each<T>(rows, channels, [&](int64_t first) {
-    return [=, g = upstream(first), scale = Lanes(saved.scale, first, channels),
-            slope_ = Lanes(slope.data(), first, channels),
-            offset_ = Lanes(offset.data(), first, channels)](int64_t row, int64_t lane) {
-      int64_t i = row * channels + first + lane;
-      float gradient = RESIDUAL ? load(grad_residual[i]) : g(i, lane);
-      store(grad_x[i], gradient * scale.at[lane] + load(x[i]) * slope_.at[lane] + offset_.at[lane]);
-    };
-  });
+  each<T>(rows, channels,
+          Downstream<T, TWO, RESIDUAL>{x, first_part, second_part, grad_residual, saved, slope.data(), offset.data(),
+                                       grad_x});
 }
 
 template <class T, class... Rest>
@@ -245,21 +277,24 @@ void add_shortcut(const T* gradient, int64_t images, int64_t height, int64_t wid
     for (int64_t column = 0; column < columns; ++column) {
       T* to = grad_x + ((line / lines * height + line % lines * stride) * width + column * stride) * channels;
       const T* from = gradient + (line * columns + column) * (channels + new_channels) + new_channels / 2;
-#pragma omp simd
-      for (int64_t c = 0; c < channels; ++c) store(to[c], load(to[c]) + load(from[c]));
+      by_lanes(channels, [&](auto all, int64_t c, int64_t width) {
+        constexpr bool ALL = decltype(all)::value;
+        store<ALL>(to + c, load<ALL>(to + c, width) + load<ALL>(from + c, width), width);
+      });
     }
 }
 
 #ifdef __AVX512BF16__
 
-// The weight gradient of a 3x3 convolution with stride 1 and padding 1: for each tap, a sum over pixels of
-// x[pixel + tap, in] * gradient[pixel, out]. The processor multiplies two pairs of bfloat16 and adds both products to a
-// float, so pixels are taken two by two: LANES output channels are a register, an input channel's pair is broadcast.
+// The weight gradient of a 3x3 convolution with padding 1 and stride 1 or 2: for each tap, a sum over pixels of
+// x[stride * pixel + tap, in] * gradient[pixel, out]. The processor multiplies two pairs of bfloat16 and adds both
+// products to a float, so pixels are taken two by two: LANES output channels are a register, the pair of an input
+// channel is broadcast.
 
 constexpr int64_t MANY_PAIRS = 128;  // at a time: sums are seldom loaded, pairs stay in the cache
 constexpr int64_t GROUPS = 16;       // of images, each with its own sums: the result does not depend on the threads
 
-struct alignas(64) Pairs {  // two neighbouring pixels of LANES channels, the left one in the low halves
+struct alignas(64) Pairs {  // two pixels of LANES channels, the left one in the low halves
   uint32_t at[LANES];
 };
 
@@ -267,20 +302,30 @@ inline __m512i pixel(const bfloat16* channels) {
   return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)channels));
 }
 
-inline void store(Pairs& to, __m512i left, __m512i right) {
+inline void put(Pairs& to, __m512i left, __m512i right) {
   _mm512_store_si512(&to, _mm512_or_si512(left, _mm512_slli_epi32(right, 16)));
 }
 
-// A line of pixels as pairs (0, 1), (2, 3), ... and as pairs (-1, 0), (1, 2), ..., one more; zeros outside.
-inline void pair_up(const bfloat16* line, int64_t pairs, int64_t channels, Pairs* even, Pairs* odd) {
+// The pairs that the three taps of a row meet at the output's pairs of pixels; zeros outside of the image.
+// With stride 1 the right tap meets those of the left tap, one further on, so there is one more of them.
+template <int STRIDE>
+inline void pair_up(const bfloat16* line, int64_t pairs, int64_t channels, Pairs* left, Pairs* middle, Pairs* right) {
   __m512i before = _mm512_setzero_si512();
-  for (int64_t pair = 0; pair < pairs; ++pair) {
-    __m512i left = pixel(line + 2 * pair * channels), right = pixel(line + (2 * pair + 1) * channels);
-    store(even[pair], left, right);
-    if (odd) store(odd[pair], before, left);
-    before = right;
+  for (int64_t pair = 0; pair < pairs; ++pair, line += 2 * STRIDE * channels) {
+    __m512i first = pixel(line), second = pixel(line + channels);
+    if (STRIDE == 1) {
+      put(left[pair], before, first);
+      put(middle[pair], first, second);
+      before = second;
+    } else {
+      __m512i third = pixel(line + 2 * channels), fourth = pixel(line + 3 * channels);
+      put(left[pair], before, second);
+      put(middle[pair], first, third);
+      put(right[pair], second, fourth);
+      before = fourth;
+    }
   }
-  if (odd) store(odd[pairs], before, _mm512_setzero_si512());
+  if (STRIDE == 1) put(left[pairs], before, _mm512_setzero_si512());
 }
 
 // Lines of pairs of some images, for LANES channels.
@@ -309,41 +354,49 @@ inline void add_tap(Lines x, Lines gradient, int64_t images, int64_t rows, int64
   for (int64_t in = 0; in < LANES; ++in) _mm512_storeu_ps(sums + in * out, total[in]);
 }
 
-// width even, in and out multiples of LANES
+// height and width are the gradient's, width even; those of x are `stride` times as large. in and out are multiples of
+// LANES.
+template <int STRIDE>
 void weight_gradient(const bfloat16* x, const bfloat16* gradient, int64_t images, int64_t height, int64_t width,
                      int64_t in, int64_t out, float* result) {
   int64_t pairs = width / 2, taps = 9 * in * out, groups = std::min(images, GROUPS);
-  int64_t strip = std::min(height, std::max<int64_t>(1, MANY_PAIRS / pairs));        // rows and images
-  int64_t stack = std::max<int64_t>(1, MANY_PAIRS / (pairs * strip));                // at a time
-  int64_t even = (strip + 2) * pairs, odd = (strip + 2) * (pairs + 1), grad = strip * pairs;  // of an image
+  int64_t strip = std::min(height, std::max<int64_t>(1, MANY_PAIRS / pairs));  // rows and images
+  int64_t stack = std::max<int64_t>(1, MANY_PAIRS / (pairs * strip));          // at a time
+  int64_t lines = STRIDE * (strip - 1) + 3;                                    // of x, for the rows of a strip
+  int64_t line = pairs + 1, x_tap = stack * lines * line * in / LANES, grad_image = strip * pairs;
+  int64_t x_line = STRIDE * width * in, x_size = STRIDE * height * x_line;  // values of a line and an image of x
   std::vector<float> sums(size_t(groups * taps));
 #pragma omp parallel for schedule(static)
   for (int64_t group = 0; group < groups; ++group) {
-    std::vector<Pairs> evens(stack * even * in / LANES), odds(stack * odd * in / LANES), grads(stack * grad * out / LANES);
+    std::vector<Pairs> x_pairs(3 * x_tap), grad_pairs(stack * grad_image * out / LANES);
     int64_t end = (group + 1) * images / groups;
     for (int64_t first = group * images / groups; first < end; first += stack)
       for (int64_t top = 0; top < height; top += strip) {
         int64_t rows = std::min(strip, height - top), here = std::min(stack, end - first);
         for (int64_t image = 0; image < here; ++image) {
-          int64_t corner = ((first + image) * height + top) * width;
           for (int64_t i = 0; i < in / LANES; ++i)
-            for (int64_t row = 0; row < rows + 2; ++row) {  // from the one above the strip to the one below
-              Pairs* to_even = &evens[(i * stack + image) * even + row * pairs];
-              Pairs* to_odd = &odds[(i * stack + image) * odd + row * (pairs + 1)];
-              if (top + row < 1 || top + row > height) {
-                std::memset(to_even, 0, pairs * sizeof(Pairs));
-                std::memset(to_odd, 0, (pairs + 1) * sizeof(Pairs));
+            for (int64_t row = 0; row < STRIDE * (rows - 1) + 3; ++row) {
+              int64_t at = (i * stack + image) * lines + row;
+              Pairs *left = &x_pairs[at * line], *middle = &x_pairs[x_tap + at * pairs], *right = left + 2 * x_tap;
+              int64_t y = STRIDE * top + row - 1;
+              if (y < 0 || y >= STRIDE * height) {
+                for (Pairs* to : {left, right}) std::memset(to, 0, line * sizeof(Pairs));
+                std::memset(middle, 0, pairs * sizeof(Pairs));
               } else {
-                pair_up(x + (corner + (row - 1) * width) * in + i * LANES, pairs, in, to_even, to_odd);
+                pair_up<STRIDE>(x + (first + image) * x_size + y * x_line + i * LANES, pairs, in, left, middle, right);
               }
             }
-          for (int64_t o = 0; o < out / LANES; ++o)
-            pair_up(gradient + corner * out + o * LANES, rows * pairs, out, &grads[(o * stack + image) * grad], nullptr);
+          for (int64_t o = 0; o < out / LANES; ++o) {
+            const bfloat16* from = gradient + ((first + image) * height + top) * width * out + o * LANES;
+            Pairs* to = &grad_pairs[(o * stack + image) * grad_image];
+            for (int64_t pair = 0; pair < rows * pairs; ++pair)
+              put(to[pair], pixel(from + 2 * pair * out), pixel(from + (2 * pair + 1) * out));
+          }
         }
         // what comes next lies behind, and would come from memory: fetched bit by bit while this is worked on
-        const char* next_x = (const char*)(x + ((first + here - 1) * height + top + rows) * width * in);
+        const char* next_x = (const char*)(x + (first + here - 1) * x_size + STRIDE * (top + rows) * x_line);
         const char* next_gradient = (const char*)(gradient + ((first + here - 1) * height + top + rows) * width * out);
-        int64_t tiles = taps / (LANES * LANES), x_share = 2 * here * rows * width * in / tiles + 1;
+        int64_t tiles = taps / (LANES * LANES), x_share = 2 * here * STRIDE * rows * x_line / tiles + 1;
         int64_t gradient_share = 2 * here * rows * width * out / tiles + 1;
         for (int64_t tap = 0; tap < 9; ++tap)
           for (int64_t i = 0; i < in / LANES; ++i)
@@ -351,11 +404,10 @@ void weight_gradient(const bfloat16* x, const bfloat16* gradient, int64_t images
               for (int64_t byte = 0; byte < x_share; byte += 64) __builtin_prefetch(next_x + byte, 0, 2);
               for (int64_t byte = 0; byte < gradient_share; byte += 64) __builtin_prefetch(next_gradient + byte, 0, 2);
               next_x += x_share, next_gradient += gradient_share;
-              int64_t row = tap / 3, column = tap % 3;
-              Lines shifted{&odds[i * stack * odd + row * (pairs + 1) + (column == 2)], pairs + 1, odd};
-              if (column == 1) shifted = {&evens[i * stack * even + row * pairs], pairs, even};
-              add_tap(shifted, {&grads[o * stack * grad], pairs, grad}, here, rows, pairs,
-                      &sums[group * taps + (tap * in + i * LANES) * out + o * LANES], out);
+              int64_t column = tap % 3, pitch = column == 1 ? pairs : line, start = (i * stack * lines + tap / 3) * pitch;
+              start += column == 2 && STRIDE == 1 ? 1 : column * x_tap;
+              add_tap({&x_pairs[start], STRIDE * pitch, lines * pitch}, {&grad_pairs[o * stack * grad_image], pairs, grad_image},
+                      here, rows, pairs, &sums[group * taps + (tap * in + i * LANES) * out + o * LANES], out);
             }
       }
   }
@@ -374,8 +426,10 @@ void weight_gradient(const bfloat16* x, const bfloat16* gradient, int64_t images
 
 #ifdef __AVX512BF16__
 extern "C" void weight_gradient_bfloat16(const bfloat16* x, const bfloat16* gradient, int64_t images, int64_t height,
-                                         int64_t width, int64_t in, int64_t out, float* result) {
-  weight_gradient(x, gradient, images, height, width, in, out, result);
+                                         int64_t width, int64_t in, int64_t out, int64_t stride,
+                                         float* result) {
+  auto with_stride = stride == 1 ? weight_gradient<1> : weight_gradient<2>;
+  with_stride(x, gradient, images, height, width, in, out, result);
 }
 #endif
 

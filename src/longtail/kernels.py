@@ -44,7 +44,7 @@ def library() -> ctypes.CDLL | None:
         "forward": [*[POINTER] * 2, *[NUMBER] * 2, *[POINTER] * 2, *[REAL] * 2, *[POINTER] * 4],
         "backward": [*[POINTER] * 4, *[NUMBER] * 2, *[POINTER] * 5],
         "add_shortcut": [POINTER, *[NUMBER] * 6, POINTER],
-        "weight_gradient": [*[POINTER] * 2, *[NUMBER] * 5, POINTER],
+        "weight_gradient": [*[POINTER] * 2, *[NUMBER] * 6, POINTER],
     }
     for name, arguments in signatures.items():
         for suffix in TYPES.values():
@@ -145,9 +145,11 @@ def convolution_backward(gradient: Tensor, x: Tensor, weight: Tensor, stride: in
         x: (B, in, H, W), channels-last.
         weight: (out, in, 3, 3), of the type of x.
     """
+    images, channels, height, width = gradient.shape
     ours = (
-        x.dtype == torch.bfloat16 and stride == 1 and x.shape[3] % 2 == 0
-        and x.shape[1] % LANES == 0 and weight.shape[0] % LANES == 0
+        x.dtype == torch.bfloat16 and stride in (1, 2)
+        and width % 2 == 0 and x.shape[2:] == (stride * height, stride * width)
+        and channels % LANES == 0 and x.shape[1] % LANES == 0
         and hasattr(library(), "weight_gradient_bfloat16")
     )  # fmt: skip
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
@@ -156,9 +158,8 @@ def convolution_backward(gradient: Tensor, x: Tensor, weight: Tensor, stride: in
     if not ours:
         return grad_x, grad_weight.float()
     grad_weight = torch.empty(weight.shape, memory_format=torch.channels_last)
-    images, channels, height, width = x.shape
     _function("weight_gradient", x)(
-        x.data_ptr(), gradient.data_ptr(), images, height, width, channels, len(weight), grad_weight.data_ptr()
+        x.data_ptr(), gradient.data_ptr(), images, height, width, x.shape[1], channels, stride, grad_weight.data_ptr()
     )
     return grad_x, grad_weight
 
