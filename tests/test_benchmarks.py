@@ -29,6 +29,14 @@ def test_data_path(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_profile(tmp_path, monkeypatch):
+    run(monkeypatch, "profile", "--quick", "--results", str(tmp_path))
+    rows = [line for line in (tmp_path / "profile.md").read_text().splitlines() if line.startswith("| ")]
+    shares = [float(row.split(" | ")[1].split(" %")[0]) for row in rows[2:]]
+    assert shares[-1] == 100 and 98 <= sum(shares[:-1]) <= 102
+
+
+@pytest.mark.slow
 def test_cost_is_measured_and_drawn(tmp_path, monkeypatch):
     run(monkeypatch, "cost", "--quick", "--results", str(tmp_path))
     with open(tmp_path / "cost.csv", newline="") as file:

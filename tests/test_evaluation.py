@@ -11,10 +11,14 @@ from longtail import alignment, evaluation, files, inference, metrics, networks,
 ALIGN = {"reading": "normalized", "weights": "balanced", "temperature": 1.0, "strength": 1.0}
 EVALUATE = {"ece_bins": 15, "many_above": 100, "few_below": 20}
 RECIPE = {
-    "epochs": 2, "batch_size": 16, "drop_last": False, "mixup_alpha": 0.2, "precision": "fp32",
+    "epochs": 2, "batch_size": 16, "drop_last": False, "accumulate": 1, "mixup_alpha": 0.2, "cutmix_alpha": 0,
+    "weight_average": 0, "sync_batch_norm": False, "resolution": {"milestones": [], "scales": []}, "test_every": 2,
+    "precision": "fp32",
     "optimizer": {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4},
     "schedule": {"warmup_epochs": 1, "shape": "cosine", "milestones": [], "factors": []},
-    "augmentation": {"crop_padding": 1, "flip": True, "policy": "none", "rotation": 5, "cutout": 2},
+    "augmentation": {
+        "crop_padding": 1, "flip": True, "policy": "none", "color_jitter": [0, 0, 0, 0], "rotation": 5, "cutout": 2,
+    },
     "normalization": {"mean": [0.4], "std": [0.3]},
     "network": {"depth": 8, "width": 4, "head": "cosine", "scale": 30},
 }  # fmt: skip
@@ -60,7 +64,8 @@ def test_training_leaves_its_history_and_no_checkpoint(cell, tmp_path):
     rows = files.read_csv("cell/history.csv")
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert all((row["held_out_accuracy"] != "") == cell for row in rows)
-    assert not list(tmp_path.glob("runs/.checkpoints/*"))
+    assert [row["test_accuracy"] != "" for row in rows] == [False, True]
+    assert not list(tmp_path.glob("runs/.checkpoints/*.pt*"))
     machine = json.loads((tmp_path / "cell/machine.json").read_text())
     assert machine["training"] == "f" * 16 and machine["seconds"] > 0
 
@@ -125,8 +130,21 @@ def test_a_diverging_cell_is_named_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_data("data.npz")
     recipe = {**RECIPE, "optimizer": {**RECIPE["optimizer"], "lr": 1e30}}
-    with pytest.raises(FloatingPointError, match=r"quick d r ce 3: the loss is nan in epoch \d of 2 at lr"):
+    with pytest.raises(FloatingPointError, match=r"quick d r ce 3: the loss is not finite in epoch \d of 2, step \d"):
         training.train(
             {**CELL, "method": "ce"}, "f", data="data.npz", recipe=recipe, method={}, model="m", history="h.csv"
         )  # fmt: skip
     assert not (tmp_path / "m").exists() and not (tmp_path / "h.csv").exists()
+
+
+def test_a_cell_that_diverges_later_keeps_its_checkpoint_and_says_where(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LONGTAIL_CHECKPOINT_S", "0")
+    save_data("data.npz")
+    recipe = {**RECIPE, "epochs": 3, "schedule": {**RECIPE["schedule"], "shape": "step", "milestones": [1]}}
+    recipe["schedule"]["factors"] = [1e30]
+    with pytest.raises(FloatingPointError, match=r"at lr 5e\+28; the checkpoint before it is runs/.checkpoints/f\.pt"):
+        training.train(
+            {**CELL, "method": "ce"}, "f", data="data.npz", recipe=recipe, method={}, model="m", history="h.csv"
+        )  # fmt: skip
+    assert (tmp_path / "runs/.checkpoints/f.pt").exists() and not (tmp_path / "m").exists()

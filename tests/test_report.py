@@ -54,7 +54,7 @@ def make_cell(folder, accuracy, *, held_out=True, names=NAMES):
     files.write_csv(folder / "classes.csv", by_class, list(by_class[0]))
     history = [
         {"epoch": epoch, "lr": 0.1, "loss": 1 / epoch, "train_accuracy": 0.9,
-         "held_out_accuracy": accuracy if held_out else None}
+         "held_out_accuracy": accuracy if held_out else None, "test_accuracy": None}
         for epoch in (1, 2, 3)
     ]  # fmt: skip
     files.write_csv(folder / "history.csv", history, list(history[0]))
@@ -322,7 +322,7 @@ def test_wrong_metrics_name_the_file_and_the_key(cells, change, words):
         ("history.csv", "epoch,loss\n1,2\n", "no column 'lr'"),
         (
             "history.csv",
-            "epoch,lr,loss,train_accuracy,held_out_accuracy\n1,0.1,2,x,\n",
+            "epoch,lr,loss,train_accuracy,held_out_accuracy,test_accuracy\n1,0.1,2,x,,\n",
             "row 1, train_accuracy: 'x' is not a number",
         ),
     ],

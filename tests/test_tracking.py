@@ -24,7 +24,7 @@ from longtail.live import Live, fingerprint
 from longtail.tracking import sync, track
 
 SRC = Path(live.__file__).parents[1]
-COLUMNS = ["epoch", "lr", "loss", "train_accuracy", "held_out_accuracy"]
+COLUMNS = ["epoch", "lr", "loss", "train_accuracy", "held_out_accuracy", "test_accuracy"]
 RECIPE = {"epochs": 4, "milestones": [2, 3], "optimizer": {"lr": 0.1}}
 
 
@@ -68,7 +68,7 @@ def add_cell(
     results, runs = f"results/{plan}/cells/{where}", f"runs/{plan}/{where}"
     rows = history or [
         {"epoch": epoch, "lr": 0.1 / epoch, "loss": 2 / epoch, "train_accuracy": accuracy}
-        | {"held_out_accuracy": accuracy - 1 / (epoch + 9) if held_out else None}
+        | {"held_out_accuracy": accuracy - 1 / (epoch + 9) if held_out else None, "test_accuracy": None}
         for epoch in range(1, epochs + 1)
     ]
     if metrics is None:

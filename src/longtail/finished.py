@@ -34,7 +34,7 @@ ALIGNED = (
     ("aligned_on_held_out", "aligned held-out"),
     ("aligned_on_train", "aligned train"),
 )  # the first there is
-CURVES = ("lr", "loss", "train_accuracy", "held_out_accuracy")
+CURVES = ("lr", "loss", "train_accuracy", "held_out_accuracy", "test_accuracy")
 MACHINE = ("device", "cpu", "gpu", "threads")
 MACHINE_METRICS = {"seconds": "training seconds", "images_per_s": "images per s"}
 

@@ -47,7 +47,7 @@ def shortcut(x: Tensor, stride: int, new_channels: int) -> Tensor:
 class _NormReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: nn.BatchNorm2d, weight: Tensor, bias: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = kernels.channels_last(x)
         out, saved = kernels.forward(x, None, norm)
         ctx.save_for_backward(x, saved)
         return out
@@ -63,13 +63,13 @@ class _NormReLU(torch.autograd.Function):
 class _Blocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, modules: Sequence[Any], *parameters: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = kernels.channels_last(x)
         saved: list[Tensor] = []
         for module in modules:
             weight1, weight2 = module.conv1.weight.to(x.dtype), module.conv2.weight.to(x.dtype)
-            inner = F.conv2d(x, weight1, None, module.stride, 1)
+            inner = kernels.channels_last(F.conv2d(x, weight1, None, module.stride, 1))
             hidden, saved1 = kernels.forward(inner, None, module.bn1)
-            outer = F.conv2d(hidden, weight2, None, 1, 1)
+            outer = kernels.channels_last(F.conv2d(hidden, weight2, None, 1, 1))
             residual = shortcut(x, module.stride, module.new_channels)
             out, saved2 = kernels.forward(outer, residual, module.bn2)
             saved += [x, weight1, inner, saved1, hidden, weight2, outer, saved2, out]

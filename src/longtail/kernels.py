@@ -93,18 +93,19 @@ def forward(x: Tensor, residual: Tensor | None, norm: nn.BatchNorm2d) -> tuple[T
     """relu(batch_norm(x) + residual) in training mode; updates the running statistics.
 
     Args:
-        x: (B, C, H, W), float32 or bfloat16.
+        x: (B, C, H, W), float32 or bfloat16, channels-last.
         residual: of the same shape and type, or None.
 
-    Returns the result, channels-last, and what `backward` needs: mean, 1 / std, scale and shift of each channel (4, C).
+    Returns the result, channels-last as well, and what `backward` needs: mean, 1 / std, scale and shift of each
+    channel (4, C).
+
     Raises ValueError for a single value a channel, which has no variance.
     """
-    x = _channels_last(x)
     rows, channels = x.numel() // x.shape[1], x.shape[1]
     if rows < 2:
         raise ValueError(f"batch norm of {tuple(x.shape)}: more than one value per channel is needed")
     out, saved = torch.empty_like(x), torch.empty(4, channels)
-    residual = None if residual is None else _channels_last(residual)
+    residual = None if residual is None else channels_last(residual)
     _function("forward", x)(
         x.data_ptr(), _pointer(residual), rows, channels, norm.weight.data_ptr(), norm.bias.data_ptr(), norm.eps,
         norm.momentum, _pointer(norm.running_mean), _pointer(norm.running_var), saved.data_ptr(), out.data_ptr(),
@@ -124,8 +125,8 @@ def backward(
         x, saved: as in and from `forward`.
         out: the result when there was a residual, else None: then x tells where the ReLU was open.
     """
-    gradient = _channels_last(gradient)
-    shortcut_gradient = None if shortcut_gradient is None else _channels_last(shortcut_gradient)
+    gradient = channels_last(gradient)
+    shortcut_gradient = None if shortcut_gradient is None else channels_last(shortcut_gradient)
     rows, channels = x.numel() // x.shape[1], x.shape[1]
     grad_x, grad_parameters = torch.empty_like(x), torch.empty(2, channels)
     grad_residual = None if out is None else torch.empty_like(x)
@@ -155,6 +156,7 @@ def convolution_backward(gradient: Tensor, x: Tensor, weight: Tensor, stride: in
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
         gradient, x, weight, None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], 1, [True, not ours, False]
     )
+    grad_x = channels_last(grad_x)  # as it is already where oneDNN made it
     if not ours:
         return grad_x, grad_weight.float()
     grad_weight = torch.empty(weight.shape, memory_format=torch.channels_last)
@@ -183,5 +185,6 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _channels_last(x: Tensor) -> Tensor:
+def channels_last(x: Tensor) -> Tensor:
+    """`x` in the layout that the kernels take; itself where it has it."""
     return x.contiguous(memory_format=torch.channels_last)

@@ -20,10 +20,10 @@ GROUPS = ("many", "medium", "few")  # a group without classes is null
 RAW, ON_TRAIN, ON_HELD_OUT = "raw", "aligned_on_train", "aligned_on_held_out"
 CORRECTIONS = {RAW: "none", ON_TRAIN: "aligned on train", ON_HELD_OUT: "aligned on held-out"}
 CURVES = ("dataset", "recipe", "method", "seed", "epoch", "loss", "train_accuracy",
-          "held_out_accuracy")  # fmt: skip
+          "held_out_accuracy", "test_accuracy")  # fmt: skip
 CLASSES = ("dataset", "recipe", "method", "class", "name", "train_images", "n", RAW, "aligned",
            "aligned_on")  # fmt: skip
-HISTORY = ("epoch", "lr", "loss", "train_accuracy", "held_out_accuracy")
+HISTORY = ("epoch", "lr", "loss", "train_accuracy", "held_out_accuracy", "test_accuracy")
 PUBLISHED = ("dataset", "recipe", "method", "correction", "measure", "group", "value", "sd", "runs",
              "optimistic", "transductive", "same_recipe", "source", "note")  # fmt: skip
 
@@ -128,7 +128,7 @@ def read_cell(folder: Path) -> Cell | None:
         ("class", "name", "train_images", RAW, ON_TRAIN),
         {"class": math.inf, "train_images": math.inf, **fractions},
     )
-    limits = dict.fromkeys(HISTORY, math.inf) | {"train_accuracy": 1.0, "held_out_accuracy": 1.0}
+    limits = dict.fromkeys(HISTORY, math.inf) | {name: 1.0 for name in HISTORY if name.endswith("accuracy")}
     return Cell(
         last=read_measures(metrics["last"], f"{paths[0]}: last"),
         best=None if best is None else read_measures(best, f"{paths[0]}: best_on_held_out"),
