@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ import yaml
 
 from longtail import params as schema
 from longtail.live import fingerprint
+
+READS, READ_AGAIN_S = 50, 0.1  # of the pipeline, while another dvc writes its lock file
 
 
 @dataclass(frozen=True)
@@ -75,13 +78,21 @@ def declared() -> Stage:
     if not address:
         sys.exit(f"{sys.argv[0]} is a stage of the pipeline: run it with `dvc repro`, see README.md")
     from dvc.repo import Repo  # half a second: only where a stage really runs
+    from dvc.utils.strictyaml import YAMLSyntaxError, YAMLValidationError
 
-    with Repo() as repo:
-        stage = repo.stage.collect(address)[0]
-        folder = Path(stage.wdir)
-        keys = [key for dep in stage.deps if hasattr(dep, "params") for key in dep.params]
-        deps = [Path(dep.fs_path).relative_to(folder).as_posix() for dep in stage.deps if not hasattr(dep, "params")]
-        return Stage(stage.name, stage.cmd, sorted(deps), sorted(keys))
+    for attempt in range(READS):
+        try:
+            with Repo() as repo:
+                stage = repo.stage.collect(address)[0]
+                break
+        except (YAMLSyntaxError, YAMLValidationError):  # another dvc is writing dvc.lock, which is not whole meanwhile
+            if attempt == READS - 1:
+                raise
+            time.sleep(READ_AGAIN_S)
+    folder = Path(stage.wdir)
+    keys = [key for dep in stage.deps if hasattr(dep, "params") for key in dep.params]
+    deps = [Path(dep.fs_path).relative_to(folder).as_posix() for dep in stage.deps if not hasattr(dep, "params")]
+    return Stage(stage.name, stage.cmd, sorted(deps), sorted(keys))
 
 
 @contextmanager
