@@ -1,4 +1,4 @@
-"""Fit the energy alignment on train and on held-out logits, never on test."""
+"""Fit corrections of the logits on train and on held-out, never on test."""
 
 from longtail import files, predictions, stage
 

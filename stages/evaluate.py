@@ -1,4 +1,4 @@
-"""Measure the test logits before and after alignment; what is small goes where git keeps it."""
+"""Measure the test logits before and after correction; what is small goes where git keeps it."""
 
 from pathlib import Path
 

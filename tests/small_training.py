@@ -20,7 +20,10 @@ from longtail.checkpoints import Checkpoint
 
 RECIPE = {
     "epochs": 4, "batch_size": 8, "drop_last": False, "accumulate": 1,
-    "optimizer": {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4},
+    "optimizer": {
+        "lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4,
+        "muon_lr": 0.01, "muon_weight_decay": 0.01,
+    },
     "schedule": {"warmup_epochs": 1, "shape": "cosine", "milestones": [], "factors": []},
     "weight_average": 0.9, "sync_batch_norm": False,
     "augmentation": {

@@ -20,7 +20,10 @@ RECIPE = {
     "batch_size": 16,
     "drop_last": False,
     "accumulate": 1,
-    "optimizer": {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4},
+    "optimizer": {
+        "lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4,
+        "muon_lr": 0.0, "muon_weight_decay": 0.0,
+    },
     "schedule": {"warmup_epochs": 1, "shape": "cosine", "milestones": [], "factors": []},
     "weight_average": 0,
     "sync_batch_norm": False,
@@ -224,6 +227,16 @@ def test_averaged_weights_are_the_moving_average():
     for key, value in average.items():
         torch.testing.assert_close(found[key].double(), value, rtol=1e-5, atol=1e-6)
     assert not torch.equal(found["conv1.weight"], training.network.state_dict()["conv1.weight"])
+
+
+def test_the_schedule_multiplies_the_lr_of_every_optimizer():
+    training = new_training(splits()[0], optimizer={**RECIPE["optimizer"], "muon_lr": 0.02})
+    seen = []
+    for _ in range(3):
+        training.finish_epoch(lambda: None)
+        seen.append([group["lr"] for optimizer in training.optimizers for group in optimizer.param_groups])
+        training.next_epoch()
+    assert seen == [pytest.approx([0.05 * factor, 0.02 * factor], abs=1e-12) for factor in (1, 0.5, 0)]
 
 
 def test_without_averaging_the_network_itself_is_evaluated():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from longtail import alignment, evaluation, files, inference, metrics, networks, predictions, training
+from longtail import evaluation, files, inference, metrics, networks, posthoc, predictions, training
 
 ALIGN = {"reading": "normalized", "weights": "balanced", "temperature": 1.0, "strength": 1.0}
 EVALUATE = {"ece_bins": 15, "many_above": 100, "few_below": 20}
@@ -14,7 +14,10 @@ RECIPE = {
     "epochs": 2, "batch_size": 16, "drop_last": False, "accumulate": 1, "mixup_alpha": 0.2, "cutmix_alpha": 0,
     "weight_average": 0, "sync_batch_norm": False, "resolution": {"milestones": [], "scales": []}, "test_every": 2,
     "precision": "fp32",
-    "optimizer": {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4},
+    "optimizer": {
+        "lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4,
+        "muon_lr": 0.0, "muon_weight_decay": 0.0,
+    },
     "schedule": {"warmup_epochs": 1, "shape": "cosine", "milestones": [], "factors": []},
     "augmentation": {
         "crop_padding": 1, "flip": True, "policy": "none", "color_jitter": [0, 0, 0, 0], "rotation": 5, "cutout": 2,
@@ -72,8 +75,14 @@ def test_training_leaves_its_history_and_no_checkpoint(cell, tmp_path):
 
 def test_alignment_is_fitted_on_train_and_held_out_alone(cell):
     fitted = predictions.align("cell/predictions.npz", **ALIGN)
-    expected = {"last": {"train", "held_out"}, "best": {"train", "held_out"}} if cell else {"last": {"train"}}
-    assert {network: set(splits) for network, splits in fitted.items()} == expected
+    on_train = {"aligned_on_train", "logit_adjusted"}
+    both = on_train | {"aligned_on_held_out"}
+    assert {network: set(made) for network, made in fitted.items()} == (
+        {"last": both, "best": both} if cell else {"last": on_train}
+    )
+    assert fitted["last"]["aligned_on_train"]["fitted_on"] == "train"
+    for name in ("aligned_on_train", "aligned_on_held_out") if cell else ("aligned_on_train",):
+        assert np.ptp(fitted["last"][name]["energy_after"]) < np.ptp(fitted["last"][name]["energy"])
     arrays = dict(files.load_arrays("cell/predictions.npz"))
     arrays["last_test_logits"] = arrays["last_test_logits"] + 5  # what test says must not matter
     files.save_arrays("other.npz", **arrays)
@@ -91,9 +100,14 @@ def test_evaluation_measures_raw_and_aligned_logits(cell):
         metrics.summarize(mean_NC, labels_N, counts_C, **EVALUATE), rel=1e-5, nan_ok=True
     )
     train_NC, train_N = arrays["last_train_logits"].mean(0), arrays["train_labels"]
-    shift_C = alignment.fit(train_NC, train_N, **ALIGN)["shift"]
-    aligned = metrics.summarize(mean_NC + shift_C, labels_N, counts_C, **EVALUATE)
-    assert results["last"]["aligned_on_train"]["nll"] == pytest.approx(aligned["nll"], rel=1e-4)
+    by_hand = {
+        "aligned_on_train": posthoc.EnergyAligning(**ALIGN).fit(train_NC, train_N),
+        "logit_adjusted": posthoc.LogitAdjustment(prior=counts_C).fit(train_NC, train_N),
+        "rebalanced_on_test": posthoc.PredictionRebalancing().fit(mean_NC),
+    }
+    for name, correction in by_hand.items():
+        measured = metrics.summarize(correction.transform(mean_NC), labels_N, counts_C, **EVALUATE)
+        assert results["last"][name]["nll"] == pytest.approx(measured["nll"], rel=1e-4)
     assert ("best_on_held_out" in results) == ("aligned_on_held_out" in results["last"]) == cell
     assert [row["train_images"] for row in classes] == [30, 12, 5]
     assert np.mean([row["raw"] for row in classes]) == pytest.approx(results["last"]["raw"]["accuracy"])
@@ -102,7 +116,7 @@ def test_evaluation_measures_raw_and_aligned_logits(cell):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"last_train_logits": np.full((1, 47, 3), np.inf)}, "train logits of the last network: .*not finite"),
+        ({"last_train_logits": np.full((1, 47, 3), np.inf)}, "train logits of the last network: .*NaN or inf"),
         ({"train_labels": np.full(47, 3)}, "train logits of the last network: label 3 in row 0"),
         ({"train_labels": np.zeros(4, int)}, r"train logits of the last network: labels have shape \(4,\)"),
     ],

@@ -38,7 +38,7 @@ BAD = [
     (
         "recipes.gala.optimizer.learning_rate",
         0.1,
-        "unknown key; allowed: lr, momentum, nesterov, weight_decay",
+        "unknown key; allowed: lr, momentum, nesterov, weight_decay, muon_lr, muon_weight_decay",
     ),
     ("sources.digits.path", "x", "sources.digits.path = 'x': unknown key; allowed: test_per_class, seed"),
     # mistyped
@@ -103,6 +103,7 @@ BAD = [
     ("recipes.gala.schedule.warmup_epochs", 201, "schedule goes on after the last of 200 epochs"),
     ("recipes.gala.normalization.mean", [0.5], "mean has 1 channels and std 3"),
     ("recipes.digits.optimizer.momentum", 1.0, "momentum = 1.0: input should be less than 1"),
+    ("recipes.digits.optimizer.muon_weight_decay", 0.1, "muon_weight_decay is of no effect without muon_lr"),
     ("methods.gala.lambda1", -1, "methods.gala.lambda1 = -1: input should be greater than or equal to 0"),
     ("methods.balpoe.taus", [], "methods.balpoe.taus = []: list should have at least 1 item"),
     ("align.reading", "magic", "align.reading = 'magic': input should be 'all_samples', 'own_samples'"),

@@ -35,26 +35,30 @@ def measures(accuracy, **other):
     return block | other
 
 
-def make_cell(folder, accuracy, *, held_out=True, names=NAMES):
-    """The three files of a cell whose aligned accuracy is 0.02 (train) and 0.04 (held-out) higher."""
+def make_cell(folder, accuracy, *, held_out=True, names=NAMES, test_accuracy=None, more=()):
+    """The three files of a cell whose aligned accuracy is 0.02 (train) and 0.04 (held-out) higher.
+
+    `test_accuracy` holds what the history saw after each of its three epochs, `more` other corrections' gains.
+    """
     kinds = {"raw": 0.0, "aligned_on_train": 0.02}
     if held_out:
         kinds["aligned_on_held_out"] = 0.04
-    metrics = {"last": {"epoch": 3} | {kind: measures(accuracy + more) for kind, more in kinds.items()}}
+    kinds |= dict(more)
+    metrics = {"last": {"epoch": 3} | {kind: measures(accuracy + gain) for kind, gain in kinds.items()}}
     if held_out:
         metrics["best_on_held_out"] = {"epoch": 2} | {
-            kind: measures(accuracy + more - 0.01) for kind, more in kinds.items()
+            kind: measures(accuracy + gain - 0.01) for kind, gain in kinds.items()
         }
     files.write_json(folder / "metrics.json", metrics)
     by_class = [
         {"class": i, "name": name, "train_images": 100 // 10**i}
-        | {kind: accuracy + more for kind, more in kinds.items()}
+        | {kind: accuracy + gain for kind, gain in kinds.items()}
         for i, name in enumerate(names)
     ]
     files.write_csv(folder / "classes.csv", by_class, list(by_class[0]))
     history = [
         {"epoch": epoch, "lr": 0.1, "loss": 1 / epoch, "train_accuracy": 0.9,
-         "held_out_accuracy": accuracy if held_out else None, "test_accuracy": None}
+         "held_out_accuracy": accuracy if held_out else None, "test_accuracy": (test_accuracy or [None] * 3)[epoch - 1]}
         for epoch in (1, 2, 3)
     ]  # fmt: skip
     files.write_csv(folder / "history.csv", history, list(history[0]))
@@ -108,7 +112,9 @@ def written(cells, published, out, plan=PLAN):
 def test_rows_have_the_means_and_sample_deviations_of_the_seeds(cells):
     table = table_of(cells)
     assert [(row["method"], row["correction"]) for row in table] == [
-        (method, correction) for method in ("ce", "balpoe") for correction in outcomes.CORRECTIONS
+        (method, correction)
+        for method in ("ce", "balpoe")
+        for correction in ("raw", "aligned_on_train", "aligned_on_held_out")
     ]
     row = find(table, "ce")
     assert (row["n"], row["planned"], row["seeds"]) == (2, 2, [0, 1])
@@ -120,6 +126,36 @@ def test_rows_have_the_means_and_sample_deviations_of_the_seeds(cells):
     assert (row["medium_mean"], row["medium_sd"]) == (None, None)  # a group without classes
     assert find(table, "ce", "aligned_on_train")["accuracy_mean"] == pytest.approx(0.54)
     assert find(table, "ce", "aligned_on_held_out")["accuracy_mean"] == pytest.approx(0.56)
+
+
+def test_best_on_test_is_shown_beside_the_last_epoch_and_called_optimistic(cells):
+    table = report.markdown(outcomes.read("toy", PLAN, cells), [])
+    assert "Best on test" not in table and "Published" not in table  # columns with nothing in them are left out
+    make_cell(cells / "toy_if10/plain/ce/0", 0.50, test_accuracy=[0.4, 0.58, 0.50])
+    make_cell(cells / "toy_if10/plain/ce/1", 0.54, test_accuracy=[None, 0.56, 0.54])
+    row = find(table_of(cells), "ce")
+    assert row["accuracy_mean"] == pytest.approx(0.52)
+    assert row["best_on_test_mean"] == pytest.approx(0.57)
+    assert find(table_of(cells), "ce", "aligned_on_train")["best_on_test_mean"] is None
+    table = report.markdown(outcomes.read("toy", PLAN, cells), [])
+    lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")]
+    assert lines[2][1] == "Cross-entropy"
+    assert lines[2][lines[0].index("Best on test")] == "57.0 ± 1.4"
+    assert "Optimistic, for it is chosen on the test images" in table
+
+
+def test_rebalancing_stands_beside_its_published_value_and_never_in_bold(cells, published):
+    for (method, seed), accuracy in ACCURACY.items():
+        make_cell(cells / "toy_if10/plain" / method / str(seed), accuracy, more={"rebalanced_on_test": 0.1})
+    known = outcomes.read_published(published)
+    row = find(table_of(cells, published=known), "balpoe", "rebalanced_on_test")
+    assert (row["accuracy_mean"], row["published"]) == (pytest.approx(0.73), 0.61)
+    assert row["flags"] == ["transductive: uses all test images at once"]
+    table = report.markdown(outcomes.read("toy", PLAN, cells), known)
+    assert "**67.0" in table and "**73.0" not in table  # aligned on held-out; re-balanced on test
+    assert "re-balanced on test (transductive) | 2 | 73.0 ± 4.2" in table
+    assert "with prediction rebalancing" not in table  # it is in the table itself
+    assert outcomes.summary(table_of(cells))["toy_if10"]["plain"]["balpoe"]["aligned"] == pytest.approx(0.67)
 
 
 def test_one_seed_has_no_deviation(cells):

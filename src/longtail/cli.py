@@ -87,7 +87,15 @@ def main() -> None:
     one = commands.add_parser("track", help="mirror the result files into MLflow; twice does nothing more")
     one.add_argument("plan", nargs="*", help="plans (default: all that have run)")
     commands.add_parser("check", help="check params.yaml")
-    args = parser.parse_args()
+    commands.add_parser("correct", help="correct anyone's logits, in files", add_help=False)
+    args, rest = parser.parse_known_args()
+    if args.command == "correct":  # the one that needs no repository
+        from longtail import correct  # a second: not for the other commands
+
+        correct.main(rest)
+        return
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if not Path(PIPELINE).exists():
         sys.exit(f"error: no {PIPELINE} here; run longtail in the root of the repository")
     try:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longtail import batches, inference, networks, processes
+from longtail import batches, inference, networks, optimizers, processes
 from longtail.checkpoints import Checkpoint
 from longtail.losses import BaseLoss
 
@@ -178,7 +178,7 @@ class Training:
             processes.synchronise(network)
         self.forward = networks.compiled(network)
         self.parameters = [*network.parameters()]
-        self.sgd = torch.optim.SGD(self.parameters, **optimizer, fused=True)
+        self.optimizers = optimizers.build(self.parameters, **optimizer)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.average = {key: value.clone() for key, value in self._averaged_tensors().items()} if weight_average else {}
         self.steps = 0  # optimiser steps so far
@@ -203,8 +203,9 @@ class Training:
         """
         self.network.train()
         self.loss.train()
-        for group in self.sgd.param_groups:
-            group["lr"] = self.lr
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * lr_factor(self.epoch, **self.schedule)
         scale, before = scale_of(self.epoch, **self.resolution), self.seen
         stream = batches.epoch(
             self.train_split, **self.batches, epoch=self.epoch, start_batch=self.batch,
@@ -225,7 +226,8 @@ class Training:
 
     def step(self, batch: batches.Batch) -> None:
         """One optimiser step on a joint batch, of which this process has its share."""
-        self.sgd.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         for part in range(self.accumulate):  # of the rows that as many processes would have
             images, labels, partner_labels = (tensor[part :: self.accumulate] for tensor in batch[:3])
@@ -243,7 +245,8 @@ class Training:
                 total += value.detach()
                 self.sums += torch.stack([value.detach() * batch.size, right])
         processes.add_up_gradients(self.parameters)
-        self.scaler.step(self.sgd)
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
         self.scaler.update()
         self.loss.after_step()
         self.steps += 1
@@ -285,7 +288,8 @@ class Training:
         """All of it, of all processes."""
         processes.same_buffers(self.network)
         return {
-            "network": self.network.state_dict(), "loss": self.loss.state_dict(), "sgd": self.sgd.state_dict(),
+            "network": self.network.state_dict(), "loss": self.loss.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(), "average": self.average, "steps": self.steps,
             "epoch": self.epoch, "batch": self.batch, "seen": self.seen, "sums": processes.side_by_side(self.sums),
         }  # fmt: skip
@@ -294,7 +298,8 @@ class Training:
         """Take up where `state_dict` left off."""
         self.network.load_state_dict(state["network"])
         self.loss.load_state_dict(state["loss"])
-        self.sgd.load_state_dict(state["sgd"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.scaler.load_state_dict(state["scaler"])
         self.average = {key: value.to(self.device) for key, value in state["average"].items()}
         self.steps, self.epoch, self.batch, self.seen = (state[key] for key in ("steps", "epoch", "batch", "seen"))

@@ -6,7 +6,7 @@ N samples, C classes.
 import numpy as np
 from scipy.special import log_softmax
 
-from longtail.alignment import check
+from longtail.posthoc import check
 
 
 def class_accuracy(predictions_N: np.ndarray, labels_N: np.ndarray, classes: int) -> np.ndarray:

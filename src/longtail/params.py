@@ -50,11 +50,15 @@ class Optimizer(Block):
     momentum: Fraction
     nesterov: bool
     weight_decay: NotNegative
+    muon_lr: NotNegative
+    muon_weight_decay: NotNegative
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> "Optimizer":
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov: true needs momentum > 0")
+        if self.muon_weight_decay and not self.muon_lr:
+            raise ValueError("muon_weight_decay is of no effect without muon_lr")
         return self
 
 

@@ -239,7 +239,7 @@ def forest(
         for place, row in enumerate(rows):
             colour = colours[row["method"]]
             raw = row["correction"] == "raw"
-            what = row["correction"].replace("aligned_on_", "aligned on ").replace("held_out", "held-out")
+            what = row["correction"].replace("_", " ").replace("held out", "held-out")
             labels.append(names[row["method"]] if raw else what)
             if row["n"]:
                 mean_, sd = 100 * row["accuracy_mean"], row["accuracy_sd"]
@@ -261,7 +261,7 @@ def forest(
         axis.grid(axis="y", visible=False)
         for label, row in zip(axis.get_yticklabels(), rows, strict=True):
             label.set_color("#1a1a1a" if row["correction"] == "raw" else "#666666")
-        caption = "Dot: one seed (hollow: aligned). Tick and bar: mean ± standard deviation." + (
+        caption = "Dot: one seed (hollow: corrected). Tick and bar: mean ± standard deviation." + (
             " Diamond: published." if any(row["published"] is not None for row in rows) else ""
         )
         return picture(axis, f"Test accuracy, recipe {recipe}: {', '.join(said)}.", caption)

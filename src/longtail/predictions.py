@@ -1,12 +1,12 @@
-"""A cell's saved logits: what the splits and networks in predictions.npz are called, and aligning them."""
+"""A cell's saved logits: what the splits and networks in predictions.npz are called, and correcting them."""
 
 from typing import Any
 
 import numpy as np
 
-from longtail import alignment, files
+from longtail import files, posthoc
 
-FITTED_ON = ("train", "held_out")  # what a correction may see; test is not among them
+FITTED_ON = {"train": "train", "held_out": "held-out"}  # what a correction may see; test is not among them
 NETWORKS = {"last": "last", "best": "best_on_held_out"}  # array prefix -> name in the results
 
 
@@ -16,24 +16,32 @@ def product(logits_ENC: np.ndarray) -> np.ndarray:
 
 
 def align(predictions: str, **settings: Any) -> dict[str, Any]:
-    """Energies and shifts {network: {fitted on: {energy, energy_after, shift}}} of the saved logits.
+    """Fitted corrections {network: {correction: what posthoc's to_dict says, and energies}} of the saved logits.
 
     Args:
         predictions: path of a cell's predictions.npz.
-        settings: of longtail.alignment.fit.
+        settings: of longtail.posthoc.EnergyAligning.
 
-    Raises ValueError naming file and split when the logits cannot be aligned.
+    Raises ValueError naming file and split when the logits cannot be corrected.
     """
     arrays = files.load_arrays(predictions)
     fitted: dict[str, Any] = {}
     for network in NETWORKS:
-        for split in FITTED_ON:
-            logits_ENC = arrays.get(f"{network}_{split}_logits")
+        for split, fitted_on in FITTED_ON.items():
+            logits_ENC, labels_N = arrays.get(f"{network}_{split}_logits"), arrays.get(f"{split}_labels")
             if logits_ENC is None:
                 continue
+            corrections = fitted.setdefault(network, {})
+            logits_NC = product(logits_ENC)
             try:
-                fit = alignment.fit(product(logits_ENC), arrays[f"{split}_labels"], **settings)
+                aligning = posthoc.EnergyAligning(**settings).fit(logits_NC, labels_N, fitted_on=fitted_on)
+                corrections[f"aligned_on_{split}"] = aligning.to_dict() | {
+                    "energy": aligning.energy_,
+                    "energy_after": aligning.energies(aligning.transform(logits_NC), labels_N),
+                }
+                if split == "train":
+                    adjustment = posthoc.LogitAdjustment().fit(logits_NC, labels_N, fitted_on=fitted_on)
+                    corrections["logit_adjusted"] = adjustment.to_dict()
             except ValueError as error:
                 raise ValueError(f"{predictions}: {split} logits of the {network} network: {error}") from error
-            fitted.setdefault(network, {})[split] = fit
     return fitted

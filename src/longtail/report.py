@@ -4,7 +4,7 @@ Percent and points are in text only; the numbers behind it, and what they mean, 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,13 +13,17 @@ from scipy.special import stdtrit
 
 from longtail import files, plots
 from longtail.outcomes import (
+    ADJUSTED,
+    ALIGNED,
     CLASSES,
     CORRECTIONS,
     CURVES,
     GROUPS,
+    IN_PUBLISHED,
     ON_HELD_OUT,
     ON_TRAIN,
     RAW,
+    REBALANCED,
     Key,
     Results,
     Row,
@@ -41,17 +45,26 @@ METHODS = {
 BASELINE = "ce"
 CONFIDENCE = 0.95
 HEADER = ("Recipe", "Method", "Correction", "Seeds", "All", "Many", "Medium", "Few",
-          "Balanced error", "NLL", "ECE", "Best on held-out", "Published", "Difference")  # fmt: skip
+          "Balanced error", "NLL", "ECE", "Best on held-out", "Best on test", "Published", "Difference")  # fmt: skip
+OPTIONAL = HEADER[-4:]  # left out where a data set has none
 READING = (
     "Accuracy on the balanced test images at the last epoch, for all classes and for those with many, a "
     "medium number of and few training images; every column in percent except NLL (nats) and the difference "
     "(points, ours minus published). Values are mean ± sample standard deviation over training seeds."
 )
 FITTED = {
+    ADJUSTED: "'logit adjustment': minus the logarithm of the training prior; meant for cross-entropy, the others "
+    "have been corrected for it in training.",
     ON_TRAIN: "'aligned on train': one shift for each class, fitted on the training images.",
     ON_HELD_OUT: "'aligned on held-out': one shift for each class, fitted on the held-out images, "
     "which training never saw.",
+    REBALANCED: "'re-balanced on test': GALA's prediction re-balancing, fitted on all test images at once and "
+    "presuming that they are balanced: never in bold.",
 }
+BEST_ON_TEST = (
+    "'Best on test': the highest test accuracy of a seed's epochs, at which the history looked. Optimistic, for it is "
+    "chosen on the test images; here to show what that choice is worth. The last epoch is the result."
+)
 SAME_SUBSET = (
     "The spread is over training seeds only: all runs share one training subset and one test set, so it says "
     "nothing about other subsets or other test images."
@@ -136,7 +149,7 @@ def spread_text(raw: Sequence[Row], first: Row, second: Row, lead: float) -> str
 
 def aligned_text(table: Sequence[Row], raw: Sequence[Row]) -> list[str]:
     """What alignment changes, on held-out images where they exist."""
-    kinds = [key for key in (ON_HELD_OUT, ON_TRAIN) if any(row["correction"] == key for row in table)]
+    kinds = [key for key in ALIGNED if any(row["correction"] == key for row in table)]
     if not kinds:
         return []
     before = {row["method"]: row["accuracy_mean"] for row in raw}
@@ -193,13 +206,15 @@ def letter(index: int) -> str:
 def footnote(row: Row) -> str:
     """Where a published number comes from and what to hold against it."""
     parts = [*row["flags"], *([row["note"]] if row["note"] else []), f"source: {row['source']}"]
-    return f"{method_name(row['method'])}, recipe {row['recipe']}: {'; '.join(parts)}."
+    corrected = "" if row["correction"] == RAW else f" {CORRECTIONS[row['correction']]}"
+    return f"{method_name(row['method'])}{corrected}, recipe {row['recipe']}: {'; '.join(parts)}."
 
 
 def section(results: Results, table: Sequence[Row], published: Sequence[Row], dataset: str) -> Row:
-    """All text of one data set: `lines` (cells, bold, raw), `notes` (letter, text) and lists of sentences."""
+    """All of one data set in text: `header`, `lines` (cells, bold, raw), `notes` (letter, text), lists of sentences."""
     mine = [row for row in table if row["dataset"] == dataset]
-    best = max((row["accuracy_mean"] for row in mine if row["n"]), default=None)
+    ranked = [row for row in mine if row["n"] and row["correction"] != REBALANCED]
+    best = max((row["accuracy_mean"] for row in ranked), default=None)
     notes: list[tuple[str, str]] = []
     lines = []
     for row in mine:
@@ -217,28 +232,44 @@ def section(results: Results, table: Sequence[Row], published: Sequence[Row], da
             spread(row["nll_mean"], row["nll_sd"], 1, 3),
             spread(row["ece_mean"], row["ece_sd"]),
             spread(row["best_on_held_out_mean"], row["best_on_held_out_sd"]),
+            spread(row["best_on_test_mean"], row["best_on_test_sd"]),
             quoted,
             "-" if row["difference"] is None else signed(row["difference"]),
         ]
-        bold = best is not None and row["accuracy_mean"] == best
+        bold = row in ranked and row["accuracy_mean"] == best
         lines.append({"cells": cells, "bold": bold, "raw": row["correction"] == RAW})
+    columns = [
+        place for place, name in enumerate(HEADER)
+        if name not in OPTIONAL or any(line["cells"][place] != "-" for line in lines)
+    ]  # fmt: skip
+    for line in lines:
+        line["cells"] = [line["cells"][place] for place in columns]
+    header = [HEADER[place] for place in columns]
     used = {row["correction"] for row in mine}
+    shown = {(row["recipe"], row["method"], IN_PUBLISHED.get(row["correction"])) for row in mine}
+    explained = [text for key, text in FITTED.items() if key in used]
     return {
         "dataset": dataset,
+        "header": header,
         "lines": lines,
         "notes": notes,
-        "fitted": [text for key, text in FITTED.items() if key in used],
-        "also": also_published(results.plan, published, dataset),
+        "explained": explained + ([BEST_ON_TEST] if "Best on test" in header else []),
+        "also": also_published(results.plan, published, dataset, shown),
         "missing": missing(results, dataset),
     }
 
 
-def also_published(plan: Mapping[str, Any], published: Sequence[Row], dataset: str) -> list[str]:
-    """Published numbers of this data set that the table has no column for, one line a method."""
+def also_published(plan: Mapping[str, Any], published: Sequence[Row], dataset: str, shown: Set[Any]) -> list[str]:
+    """Published numbers of this data set that the table has no place for, one line a method.
+
+    `shown` are the (recipe, method, correction) whose published accuracy the table has.
+    """
     lines: dict[str, str] = {}
     for row in published:
         asked = row["recipe"] in plan["recipes"] and row["method"] in plan["methods"]
-        in_table = (row["correction"], row["measure"], row["group"]) == ("none", "accuracy", "all")
+        in_table = (row["measure"], row["group"]) == ("accuracy", "all") and (
+            row["recipe"], row["method"], row["correction"],
+        ) in shown  # fmt: skip
         if row["dataset"] != dataset or not asked or in_table:
             continue
         corrected = "" if row["correction"] == "none" else f" with {row['correction'].replace('_', ' ')}"
@@ -280,14 +311,14 @@ def markdown(results: Results, published: Sequence[Row]) -> str:
     for part in sections(results, published):
         blocks.append(f"## {part['dataset']}")
         blocks += [a.text for a in said if a.dataset == part["dataset"]]
-        lines = [list(HEADER), ["---"] * 4 + ["---:"] * (len(HEADER) - 4)]
+        lines = [part["header"], ["---"] * 4 + ["---:"] * (len(part["header"]) - 4)]
         for line in part["lines"]:
             cells = [cell.replace("|", "\\|") for cell in line["cells"]]
             cells[4] = f"**{cells[4]}**" if line["bold"] else cells[4]
             lines.append(cells)
         blocks.append("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
         notes = [f"({mark}) {text}" for mark, text in part["notes"]]
-        blocks.append("\n".join(f"- {text}" for text in [*part["fitted"], *notes]))
+        blocks.append("\n".join(f"- {text}" for text in [*part["explained"], *notes]))
         if part["also"]:
             blocks.append("Also published:\n\n" + "\n".join(f"- {text}" for text in part["also"]))
         if part["missing"]:
@@ -361,7 +392,6 @@ def html(results: Results, published: Sequence[Row]) -> str:
         planned=planned,
         reading=READING,
         same_subset=SAME_SUBSET,
-        header=HEADER,
         sections=parts,
     )
 

@@ -1,0 +1,202 @@
+"""`longtail correct`: corrections for logits of anyone's, from files to files (longtail.posthoc)."""
+
+import argparse
+import ast
+import inspect
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.special import log_softmax
+
+from longtail import files, metrics, posthoc, tables
+
+CORRECTIONS: dict[str, type[posthoc.Correction]] = {
+    "energy": posthoc.EnergyAligning,
+    "rebalancing": posthoc.PredictionRebalancing,
+    "adjustment": posthoc.LogitAdjustment,
+    "known-prior": posthoc.KnownPrior,
+    "unknown-prior": posthoc.ExpectationMaximization,
+    "temperature": posthoc.TemperatureScaling,
+    "vector": posthoc.VectorScaling,
+}
+ECE_BINS = 15
+EXAMPLE = """
+examples:
+  longtail correct test.npy --labels test_labels.npy --fit train.npy --fit-labels train_labels.npy --fitted-on train \\
+      --out corrected.npy --shift shift.json
+  longtail correct test.npy --by rebalancing --fitted-on test --out corrected.npy      # fitted on what it corrects
+  longtail correct new.parquet --apply shift.json --out corrected.parquet               # a shift from before
+"""
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command with these arguments; ends with a message where something is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="longtail correct", description=__doc__, epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("logits", help="to correct: N x C numbers in .npy, .npz (FILE.npz:NAME), .csv or .parquet")
+    parser.add_argument(
+        "--labels", help="their classes, 0 to C - 1: for the table, and to fit on where --fit is not given"
+    )
+    parser.add_argument("--by", default="energy", choices=[*CORRECTIONS], help="which correction (default: energy)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of it, e.g. tau=1.5"
+    )
+    parser.add_argument("--fit", help="logits to fit on (default: those to correct)")
+    parser.add_argument("--fit-labels", help="the labels of --fit")
+    parser.add_argument("--fitted-on", choices=posthoc.FITTED_ON, help="what the logits that it is fitted on are")
+    parser.add_argument("--apply", metavar="SHIFT.json", help="take a correction from a file in place of fitting one")
+    parser.add_argument("--out", help="where the corrected logits go")
+    parser.add_argument("--shift", metavar="SHIFT.json", help="where scale and shift go")
+    try:
+        run(parser.parse_args(argv))
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Fit or read a correction, print what it changes, write what was asked for.
+
+    Raises ValueError and FileNotFoundError that name file, row and class; nothing is written then.
+    """
+    if args.fit_labels and not args.fit:
+        raise ValueError("--fit-labels needs --fit")
+    if args.out:
+        tables.kind_of(Path(args.out))
+    with ExitStack() as stack:
+        logits, labels = (_open(stack, given) for given in (args.logits, args.labels))
+        assert logits is not None
+        _check(args.logits, logits, args.labels, labels)
+        if args.apply:
+            correction: posthoc.Correction = _read(args.apply)
+        else:
+            correction = _fit(stack, args, logits, labels)
+        print(f"{args.apply or _described(correction)}; fitted on {correction.fitted_on_ or 'unsaid'}"
+              + "".join(f"; {flag}" for flag in correction.flags))  # fmt: skip
+        if labels is not None:
+            print(table(logits, labels, correction))
+        if args.out:
+            with tables.written(args.out, logits.shape, _float(logits)) as write:
+                for _, part in posthoc.slices(logits):
+                    write(correction.transform(part))
+            print(f"corrected logits: {args.out}")
+        if args.shift:
+            files.write_json(args.shift, correction.to_dict())
+            print(f"scale and shift:  {args.shift}")
+
+
+def _open(stack: ExitStack, given: str | None) -> np.ndarray | None:
+    if given is None:
+        return None
+    path, _, array = given.partition(".npz:")
+    return stack.enter_context(tables.opened(f"{path}.npz" if array else given, array=array or None))
+
+
+def _check(path: str, logits: np.ndarray, labels_path: str | None, labels: np.ndarray | None) -> None:
+    """posthoc.check, with the names of the files; a slice at a time, so that nothing is read at once."""
+    try:
+        if logits.ndim != 2 or 0 in logits.shape:
+            posthoc.check(logits)
+        for where, part in posthoc.slices(logits):
+            try:
+                posthoc.check(part)
+            except ValueError as error:
+                raise ValueError(f"rows {where.start} to {where.start + len(part) - 1}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if labels is not None:
+        try:
+            posthoc.check_labels(posthoc.as_labels(labels), *logits.shape)
+        except ValueError as error:
+            raise ValueError(f"{labels_path}: {error}") from error
+
+
+def _fit(
+    stack: ExitStack, args: argparse.Namespace, logits: np.ndarray, labels: np.ndarray | None
+) -> posthoc.Correction:
+    made = CORRECTIONS[args.by](**_settings(args.by, args.set))
+    path, fit_logits, fit_labels = args.logits, logits, labels
+    if args.fit:
+        path, fit_labels = args.fit, _open(stack, args.fit_labels)
+        opened = _open(stack, args.fit)
+        assert opened is not None
+        fit_logits = opened
+        _check(args.fit, fit_logits, args.fit_labels, fit_labels)
+        if fit_logits.shape[1] != logits.shape[1]:
+            raise ValueError(f"{args.fit} has {fit_logits.shape[1]} classes, {args.logits} has {logits.shape[1]}")
+    if made.needs_labels and fit_labels is None:
+        raise ValueError(f"--by {args.by} is fitted on labels: give --{'fit-' if args.fit else ''}labels")
+    try:
+        return made.fit(fit_logits, fit_labels, fitted_on=args.fitted_on)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _settings(by: str, given: Sequence[str]) -> dict[str, Any]:
+    """`NAME=VALUE` as keyword arguments; a value that is a file of numbers is read."""
+    allowed = [*inspect.signature(CORRECTIONS[by]).parameters]
+    found: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or name not in allowed:
+            raise ValueError(
+                f"--set {text}: allowed for {by} are {', '.join(f'{key}=...' for key in allowed) or 'none'}"
+            )
+        if Path(value).suffix in tables.KINDS:
+            with tables.opened(value) as array:
+                found[name] = np.array(array)
+            continue
+        try:
+            found[name] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            found[name] = value  # a word, as in reading=normalized
+    return found
+
+
+def _read(path: str) -> posthoc.Affine:
+    fitted = files.read_json(path)
+    missing = {"scale", "shift", "fitted_on"} - set(fitted if isinstance(fitted, Mapping) else ())
+    if missing:
+        raise ValueError(f"{path}: no {', '.join(sorted(missing))}; expected what --shift writes")
+    return posthoc.from_dict(fitted)
+
+
+def _described(correction: posthoc.Correction) -> str:
+    settings = {key: value for key, value in correction.get_params().items() if not isinstance(value, np.ndarray)}
+    return f"{type(correction).__name__}({', '.join(f'{key}={value!r}' for key, value in settings.items())})"
+
+
+def _float(logits: np.ndarray) -> np.dtype:
+    return logits.dtype if logits.dtype in (np.float32, np.float64) else np.dtype(np.float64)
+
+
+def measures(logits: np.ndarray, labels: np.ndarray, correction: posthoc.Correction | None) -> dict[str, float]:
+    """Accuracy, mean over classes of class accuracy, worst class, nll and ece of the logits, a slice at a time."""
+    labels = posthoc.as_labels(labels)
+    predicted, confidence, nll = np.empty(len(labels), dtype=int), np.empty(len(labels)), 0.0
+    for where, part in posthoc.slices(logits):
+        log_p = log_softmax((part if correction is None else correction.transform(part)).astype(np.float64), axis=1)
+        predicted[where], confidence[where] = log_p.argmax(1), np.exp(log_p.max(1))
+        nll -= float(log_p[np.arange(len(part)), labels[where]].sum())
+    by_class = metrics.class_accuracy(predicted, labels, logits.shape[1])
+    right = predicted == labels
+    return {
+        "accuracy (%)": 100 * float(right.mean()),
+        "mean over classes (%)": 100 * float(np.nanmean(by_class)),
+        "worst class (%)": 100 * float(np.nanmin(by_class)),
+        "NLL (nats)": nll / len(labels),
+        "ECE (%)": 100 * metrics.ece(confidence, right, bins=ECE_BINS),
+    }
+
+
+def table(logits: np.ndarray, labels: np.ndarray, correction: posthoc.Correction) -> str:
+    """The measures before and after."""
+    before, after = measures(logits, labels, None), measures(logits, labels, correction)
+    width = max(map(len, before))
+    lines = [f"{'':{width}}  {'before':>9}  {'after':>9}"]
+    return "\n".join(lines + [f"{name:{width}}  {before[name]:9.3f}  {after[name]:9.3f}" for name in before])

@@ -1,0 +1,494 @@
+"""Post-hoc corrections: slow twins, limits in which they are known, and what must hold whatever the logits."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy.special import log_softmax, logsumexp, softmax
+from sklearn.base import clone
+from sklearn.pipeline import make_pipeline
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from longtail import posthoc
+from longtail.posthoc import (
+    Affine,
+    BlackBoxShift,
+    EnergyAligning,
+    ExpectationMaximization,
+    KnownPrior,
+    LogitAdjustment,
+    PredictionRebalancing,
+    TemperatureScaling,
+    VectorScaling,
+)
+
+BOTH = [(reading, weights) for reading in posthoc.READINGS for weights in posthoc.WEIGHTS]
+LABELS = np.arange(24) % 4  # balanced
+logit_arrays = hnp.arrays(np.float64, (24, 4), elements=st.floats(-50, 50))
+
+
+def case(seed: int = 0, samples: int = 40, classes: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    labels = np.concatenate([np.arange(classes), rng.integers(classes, size=samples - classes)])
+    return rng.normal(size=(samples, classes)) * 2, labels
+
+
+def world(prior, samples: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of a calibrated network under this prior, and labels drawn from it: normal x, one mean a class."""
+    rng = np.random.default_rng(seed)
+    labels = rng.choice(len(prior), size=samples, p=prior)
+    x = rng.normal(size=(samples, 2)) + 1.5 * means(len(prior))[labels]
+    distance = ((x[:, None] - 1.5 * means(len(prior))[None]) ** 2).sum(2)
+    return -distance / 2 + np.log(prior), labels
+
+
+def means(classes: int) -> np.ndarray:
+    angle = 2 * np.pi * np.arange(classes) / classes
+    return np.stack([np.cos(angle), np.sin(angle)], 1)
+
+
+def one_of_each(logits, labels) -> list[posthoc.Correction]:
+    classes = logits.shape[1]
+    made = [
+        EnergyAligning(), PredictionRebalancing(), LogitAdjustment(), KnownPrior(np.arange(1, classes + 1)),
+        ExpectationMaximization(), BlackBoxShift(logits, labels), TemperatureScaling(), VectorScaling(),
+        Affine(2.0, np.arange(classes)),
+    ]  # fmt: skip
+    return [correction.fit(logits, labels, fitted_on="held-out") for correction in made]
+
+
+# ------------------------------------------------------------------------------------------- energy aligning
+
+
+def twin(logits, labels, reading, weights, t):
+    """The free energies in loops."""
+    samples, classes = logits.shape
+    count = {c: sum(1 for y in labels if y == c) for c in range(classes)}
+    present = sum(1 for c in count.values() if c)
+    energies = []
+    for y in range(classes):
+        total, weight_sum = 0.0, 0.0
+        for x in range(samples):
+            if reading == "own_samples" and labels[x] != y:
+                continue
+            w = 1.0 if weights == "uniform" else 1 / (present * count[labels[x]])
+            if reading == "mean_energy":
+                total += w * logits[x, y]
+            elif reading == "normalized":
+                total += w * math.exp(logits[x, y] / t) / sum(math.exp(z / t) for z in logits[x])
+            else:
+                total += w * math.exp(logits[x, y] / t)
+            weight_sum += w
+        mean = total / weight_sum
+        energies.append(-mean if reading == "mean_energy" else -t * math.log(mean))
+    return np.array(energies)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize(("reading", "weights"), BOTH)
+def test_free_energy_is_its_twin_in_slices_of_any_size(monkeypatch, reading, weights, temperature, rows):
+    monkeypatch.setattr(posthoc, "SLICE", 4 * rows)
+    logits, labels = case()
+    found = posthoc.free_energy(logits, labels, reading=reading, weights=weights, temperature=temperature)
+    np.testing.assert_allclose(found, twin(logits, labels, reading, weights, temperature), rtol=1e-9)
+
+
+@given(logit_arrays, st.sampled_from(["all_samples", "own_samples", "mean_energy"]), st.floats(0.2, 5))
+def test_energies_are_equal_after_aligning(logits, reading, temperature):
+    fitted = EnergyAligning(reading, temperature=temperature).fit(logits, LABELS)
+    after = fitted.energies(fitted.transform(logits), LABELS)
+    np.testing.assert_allclose(after, after[0], atol=1e-7)
+
+
+@given(logit_arrays, st.floats(-20, 20), st.sampled_from(BOTH))
+def test_shift_does_not_depend_on_what_is_added_to_all_logits(logits, offset, both):
+    a, b = (EnergyAligning(*both).fit(z, LABELS).shift_ for z in (logits, logits + offset))
+    np.testing.assert_allclose(a, b, atol=1e-7)
+    assert a.sum() == pytest.approx(0, abs=1e-7)
+
+
+@given(logit_arrays, hnp.arrays(np.float64, (24, 1), elements=st.floats(-50, 50)), st.sampled_from(posthoc.WEIGHTS))
+def test_normalized_ignores_what_is_added_to_a_sample(logits, offsets, weights):
+    a, b = (EnergyAligning("normalized", weights).fit(z, LABELS).shift_ for z in (logits, logits + offsets))
+    np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_all_samples_does_not_ignore_what_is_added_to_a_sample():
+    logits, labels = case()
+    moved = logits + np.random.default_rng(1).normal(size=(len(logits), 1))
+    a, b = (EnergyAligning("all_samples").fit(z, labels).shift_ for z in (logits, moved))
+    assert np.abs(a - b).max() > 1e-3
+
+
+@given(logit_arrays, st.sampled_from(BOTH), st.integers(0, 3))
+def test_predictions_do_not_depend_on_the_reference(logits, both, reference):
+    fitted, other = (EnergyAligning(*both, reference=r).fit(logits, LABELS) for r in ("mean", reference))
+    assert other.shift_[reference] == 0
+    np.testing.assert_allclose(fitted.shift_ - fitted.shift_[reference], other.shift_, atol=1e-9)
+    np.testing.assert_allclose(fitted.predict_proba(logits), other.predict_proba(logits), atol=1e-9)
+
+
+def test_shift_of_a_calibrated_network_is_minus_log_prior():
+    """Samples whose class cannot be told: a calibrated network says the prior each time."""
+    prior = np.array([0.6, 0.3, 0.1])
+    labels = np.repeat(np.arange(3), (600, 300, 100))
+    logits = np.tile(np.log(prior), (1000, 1))
+    for reading in ("all_samples", "normalized", "mean_energy"):
+        found = EnergyAligning(reading, "uniform").fit(logits, labels).shift_
+        np.testing.assert_allclose(found, -np.log(prior) + np.log(prior).mean(), atol=1e-9)
+
+
+def test_shift_of_a_calibrated_network_is_minus_log_prior_where_classes_can_be_told():
+    """Of 200,000 samples, normalized with uniform weights alone: the others see the logits' scale as well."""
+    prior = np.array([0.6, 0.3, 0.1])
+    found = EnergyAligning("normalized", "uniform").fit(*world(prior, 200_000)).shift_
+    np.testing.assert_allclose(found, -np.log(prior) + np.log(prior).mean(), atol=0.02)
+
+
+@pytest.mark.parametrize(("reading", "weights"), BOTH)
+def test_balanced_data_are_not_shifted(reading, weights):
+    """Each sample, its logits turned round by one class after the other: no class is preferred."""
+    logits, _ = case(samples=10)
+    turned = np.concatenate([np.roll(logits, turn, axis=1) for turn in range(4)])
+    labels = np.concatenate([(np.arange(10) + turn) % 4 for turn in range(4)])
+    np.testing.assert_allclose(EnergyAligning(reading, weights).fit(turned, labels).shift_, 0, atol=1e-9)
+
+
+def test_balanced_network_is_not_shifted_for_the_long_tail_of_the_samples():
+    """Perfectly separable classes, one of them rare: balanced weights leave it alone, uniform ones do not."""
+    labels = np.repeat([0, 1], (90, 10))
+    logits = 8.0 * np.eye(2)[labels]
+    balanced, uniform = (EnergyAligning("normalized", w).fit(logits, labels).shift_ for w in posthoc.WEIGHTS)
+    np.testing.assert_allclose(balanced, 0, atol=1e-9)
+    assert uniform[1] > 1
+
+
+def test_groups_share_a_shift_and_groups_of_one_class_are_none():
+    logits, labels = case()
+    alone = EnergyAligning("all_samples").fit(logits, labels)
+    same = EnergyAligning("all_samples", groups=[4, 7, 5, 6]).fit(logits, labels)
+    np.testing.assert_allclose(same.shift_, alone.shift_, atol=1e-12)
+    old_new = EnergyAligning("all_samples", groups=[0, 0, 0, 1], reference=0).fit(logits, labels)
+    weights = posthoc.sample_weights(labels, "balanced")
+    old = -np.log((weights[:, None] * np.exp(logits[:, :3])).sum() / 3)
+    new = -np.log((weights * np.exp(logits[:, 3])).sum())
+    np.testing.assert_allclose(old_new.shift_, [0, 0, 0, new - old], atol=1e-12)
+
+
+def test_strength_scales_the_shift():
+    logits, labels = case()
+    one, half = (EnergyAligning(strength=strength).fit(logits, labels).shift_ for strength in (1.0, 0.5))
+    np.testing.assert_allclose(half, one / 2)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("scale", [1e4, 1e-4])
+def test_large_and_small_logits(scale, dtype):
+    """What underflows in a sum of exponentials is found in logarithms."""
+    logits, labels = case()
+    for reading, weights in BOTH:
+        found = EnergyAligning(reading, weights).fit((scale * logits).astype(dtype), labels).shift_
+        if reading == "normalized":
+            rows = log_softmax(scale * logits, axis=1)
+            energy = -logsumexp(rows, axis=0, b=posthoc.sample_weights(labels, weights)[:, None])
+            np.testing.assert_allclose(found, energy - energy.mean(), rtol=1e-4, atol=1e-6)
+        assert np.isfinite(found).all()
+
+
+# ------------------------------------------------------------------------------------------- its relatives
+
+
+@given(logit_arrays, st.floats(0, 3))
+def test_rebalancing_is_the_published_score(logits, tau):
+    p = softmax(logits, axis=1)
+    score = p / np.abs(p).sum(0) ** tau
+    found = PredictionRebalancing(tau).fit(logits).predict_proba(logits)
+    np.testing.assert_allclose(found, score / score.sum(1, keepdims=True), rtol=1e-6, atol=1e-9)
+
+
+def test_rebalancing_is_energy_aligning_on_the_same_samples():
+    """The normalised reading with uniform weights, up to the reference."""
+    logits, labels = case()
+    a, b = PredictionRebalancing().fit(logits), EnergyAligning("normalized", "uniform").fit(logits, labels)
+    np.testing.assert_allclose(a.predict_proba(logits), b.predict_proba(logits), atol=1e-12)
+
+
+def test_logit_adjustment_takes_the_prior_away():
+    logits, labels = case()
+    counts = np.bincount(labels)
+    fitted = LogitAdjustment(tau=1.5).fit(logits, labels)
+    np.testing.assert_allclose(fitted.transform(logits), logits - 1.5 * np.log(counts / counts.sum()))
+    given_ = LogitAdjustment(tau=1.5, prior=counts).fit(logits, LABELS.repeat(2)[:40])
+    np.testing.assert_allclose(given_.shift_, fitted.shift_)
+    np.testing.assert_array_equal(LogitAdjustment(tau=0).fit(logits, labels).transform(logits), logits)
+
+
+def test_a_known_prior_makes_the_network_calibrated_there():
+    """Bayes' rule: logits of one prior, corrected for another, are those of that prior."""
+    here, there = np.array([0.6, 0.3, 0.1]), np.array([0.1, 0.2, 0.7])
+    logits, _ = world(here, 50)
+    fitted = KnownPrior(there, model_prior=here).fit(logits)
+    wanted = softmax(logits - np.log(here) + np.log(there), axis=1)
+    np.testing.assert_allclose(fitted.predict_proba(logits), wanted, atol=1e-12)
+    assert fitted.flags == ["needs test prior"]
+
+
+@pytest.mark.parametrize("estimator", ["em", "bbse", "bbse hard"])
+def test_an_unknown_prior_is_found(estimator):
+    here, there = np.array([0.5, 0.3, 0.2]), np.array([0.1, 0.3, 0.6])
+    source, labels = world(here, 20_000)
+    target, _ = world(there, 20_000, seed=1)
+    target = target - np.log(there) + np.log(here)  # what the network of here says there
+    found = {
+        "em": ExpectationMaximization(here),
+        "bbse": BlackBoxShift(source, labels, here),
+        "bbse hard": BlackBoxShift(source, labels, here, soft=False),
+    }[estimator].fit(target, fitted_on="test")
+    np.testing.assert_allclose(found.prior_, there, atol=0.03)
+    np.testing.assert_allclose(softmax(found.shift_), softmax(np.log(found.prior_ / here)), atol=1e-12)
+    assert found.flags == ["transductive"]
+
+
+def test_em_stays_where_nothing_has_changed():
+    here = np.array([0.5, 0.3, 0.2])
+    logits, _ = world(here, 50_000)
+    found = ExpectationMaximization(here).fit(logits)
+    np.testing.assert_allclose(found.prior_, here, atol=0.01)
+
+
+def test_em_climbs_the_likelihood():
+    logits, _ = case(3)
+    log_p = log_softmax(logits, axis=1)
+    found = [
+        logsumexp(log_p + np.log(ExpectationMaximization(max_iter=n).fit(logits).prior_) + np.log(4), axis=1).sum()
+        for n in (1, 2, 5, 50)
+    ]
+    assert found == sorted(found)
+
+
+def test_temperature_is_that_of_a_scaled_calibrated_network():
+    logits, labels = world(np.array([0.5, 0.3, 0.2]), 50_000)
+    assert TemperatureScaling().fit(3 * logits, labels).temperature_ == pytest.approx(3, rel=0.03)
+
+
+def test_temperature_keeps_predictions_and_lowers_the_loss():
+    logits, labels = world(np.array([0.5, 0.3, 0.2]), 200)
+    fitted = TemperatureScaling().fit(logits, labels)
+    corrected = fitted.transform(logits)
+    np.testing.assert_array_equal(corrected.argmax(1), logits.argmax(1))
+    rows = np.arange(len(labels))
+    losses = {
+        t: -log_softmax(logits / t, axis=1)[rows, labels].mean()
+        for t in (0.5, 0.9, 1, 1.1, 2, fitted.temperature_, 1.01 * fitted.temperature_, 0.99 * fitted.temperature_)
+    }
+    assert min(losses, key=losses.__getitem__) == fitted.temperature_
+
+
+def test_vector_scaling_finds_scale_and_shift_and_stays_where_it_is_told_to():
+    logits, labels = world(np.array([0.5, 0.3, 0.2]), 50_000)
+    moved = logits / np.array([1.0, 2.0, 4.0]) + np.array([1.0, 0.0, -1.0])
+    fitted = VectorScaling(l2=0, balanced=False).fit(moved, labels)
+    p, q = (softmax(z, axis=1) for z in (fitted.transform(moved), logits))
+    assert np.abs(p - q).mean() < 0.01
+    held = VectorScaling(l2=1e6).fit(moved, labels)
+    np.testing.assert_allclose(held.transform(moved), moved, atol=1e-3)
+
+
+def test_vector_scaling_ends_where_the_gradient_is_zero():
+    logits, labels = case()
+    fitted = VectorScaling(l2=0.1).fit(logits, labels)
+    weights = posthoc.sample_weights(labels, "balanced")
+
+    def loss(scale, shift):
+        own = log_softmax(scale * logits + shift, axis=1)[np.arange(len(labels)), labels]
+        return -weights @ own + 0.1 * (((scale - 1) ** 2).sum() + (shift**2).sum()) / 4
+
+    best = loss(fitted.scale_, fitted.shift_)
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        assert best <= loss(fitted.scale_ + 0.05 * rng.normal(size=4), fitted.shift_ + 0.05 * rng.normal(size=4))
+
+
+# ------------------------------------------------------------------------------------------- all of them
+
+
+@given(logit_arrays, st.permutations(range(4)))
+@settings(deadline=None, max_examples=25)
+def test_relabelling_the_classes_permutes_the_correction(logits, order):
+    order = np.array(order)
+    labels = order.argsort()[LABELS]
+    for made in (
+        *(EnergyAligning(*both) for both in BOTH), PredictionRebalancing(), LogitAdjustment(),
+        ExpectationMaximization(max_iter=20), TemperatureScaling(),
+    ):  # fmt: skip
+        a, b = clone(made).fit(logits, LABELS), clone(made).fit(logits[:, order], labels)
+        np.testing.assert_allclose(b.shift_, a.shift_[order], atol=1e-5)
+        np.testing.assert_allclose(b.scale_, a.scale_, rtol=1e-4)
+
+
+@given(hnp.arrays(np.float32, (24, 4), elements=st.floats(-30, 30, width=32)))
+@settings(deadline=None, max_examples=50)
+def test_float32_agrees_with_float64(logits):
+    for made in (*(EnergyAligning(*both) for both in BOTH), PredictionRebalancing(), LogitAdjustment()):
+        a, b = (clone(made).fit(logits.astype(kind), LABELS).shift_ for kind in (np.float32, np.float64))
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_what_goes_in_comes_out():
+    logits, labels = case()
+    for correction in one_of_each(logits, labels):
+        for dtype in (np.float32, np.float64):
+            array = logits.astype(dtype)
+            found = correction.transform(array)
+            assert type(found) is np.ndarray and found.dtype == dtype
+            tensor = correction.transform(torch.from_numpy(array))
+            assert isinstance(tensor, torch.Tensor)
+            np.testing.assert_array_equal(tensor.numpy(), found)
+            np.testing.assert_array_equal(correction.predict(torch.from_numpy(array)).numpy(), found.argmax(1))
+            np.testing.assert_allclose(correction.predict_proba(array).sum(1), 1, rtol=1e-5)
+        half = torch.from_numpy(logits).bfloat16()
+        assert correction.transform(half).dtype == torch.float32
+    fitted = clone(EnergyAligning()).fit(torch.from_numpy(logits), torch.from_numpy(labels))
+    np.testing.assert_array_equal(fitted.shift_, EnergyAligning().fit(logits, labels).shift_)
+
+
+def test_in_place():
+    logits, labels = case()
+    for correction in one_of_each(logits, labels):
+        wanted, array, tensor = correction.transform(logits), logits.copy(), torch.from_numpy(logits.copy())
+        assert correction.transform(array, out=array) is array
+        assert correction.transform(tensor, out=tensor) is tensor
+        np.testing.assert_array_equal(array, wanted)
+        np.testing.assert_array_equal(tensor.numpy(), wanted)
+    with pytest.raises(ValueError, match=r"out is float32 \(40, 4\); expected float64 \(40, 4\)"):
+        correction.transform(logits, out=logits.astype(np.float32))
+
+
+def test_composed_is_one_after_the_other_and_so_is_a_pipeline():
+    logits, labels = case()
+    steps = [EnergyAligning(), VectorScaling(), TemperatureScaling()]
+    pipeline = make_pipeline(*steps).fit(logits, labels)
+    fitted = [step for _, step in pipeline.steps]
+    by_hand = logits
+    for step in fitted:
+        by_hand = step.transform(by_hand)
+    np.testing.assert_allclose(pipeline.transform(logits), by_hand, atol=1e-12)
+    np.testing.assert_allclose(posthoc.compose(*fitted).transform(logits), by_hand, atol=1e-12)
+    np.testing.assert_array_equal(pipeline.predict(logits), by_hand.argmax(1))
+    on_test = clone(PredictionRebalancing()).fit(logits, fitted_on="test")
+    assert posthoc.compose(EnergyAligning().fit(logits, labels, fitted_on="train"), on_test).flags == ["transductive"]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_folding_into_the_final_layer_and_back(bias):
+    logits, labels = case()
+    layer = torch.nn.Linear(7, 4, bias=bias)
+    features = torch.randn(40, 7, generator=torch.Generator().manual_seed(0))
+    for correction in one_of_each(logits, labels):
+        weight, shifted = posthoc.fold(layer.weight, layer.bias, correction)
+        corrected = correction.transform(layer(features))
+        torch.testing.assert_close(features @ weight.T + shifted, corrected, rtol=1e-5, atol=1e-5)
+        weight, before = posthoc.unfold(weight, shifted, correction)
+        torch.testing.assert_close(weight, layer.weight.detach(), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(before, layer.bias.detach() if bias else torch.zeros(4), rtol=1e-5, atol=1e-5)
+
+
+def test_written_and_read_again():
+    logits, labels = case()
+    for correction in one_of_each(logits, labels):
+        read = posthoc.from_dict(json.loads(json.dumps(correction.to_dict())))
+        np.testing.assert_array_equal(read.transform(logits), correction.transform(logits))
+        assert read.fitted_on_ == "held-out"
+
+
+# What scikit-learn's checks do and no logits do: labels that have no column among the logits, or are no numbers.
+BEYOND = "labels that are not among the columns"
+NEED_LABELS = (EnergyAligning, TemperatureScaling, VectorScaling)
+
+
+def refused(estimator) -> dict[str, str]:
+    checks = {"check_fit_score_takes_y": "the second argument is called labels"}
+    if isinstance(estimator, NEED_LABELS):
+        names = ("overwrite_params", "fit_returns_self")
+        checks |= {f"check_estimators_{name}": BEYOND for name in names}
+        checks |= {"check_readonly_memmap_input": BEYOND, "check_dtype_object": BEYOND}
+    return checks
+
+
+@parametrize_with_checks(
+    [EnergyAligning(), PredictionRebalancing(), TemperatureScaling(), VectorScaling(), ExpectationMaximization(),
+     Affine(), KnownPrior()],
+    expected_failed_checks=refused,
+)  # fmt: skip
+def test_scikit_learns_own_checks(estimator, check):
+    check(estimator)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda z, y: (z[0], y), r"Expected 2D array"),
+        (lambda z, y: (z, y[:-1]), r"labels have shape \(39,\); expected \(40,\)"),
+        (
+            lambda z, y: (np.where(np.arange(4) == 2, np.nan, z), y),
+            "40 logit.*NaN or inf, first at row 0, class 2: nan",
+        ),
+        (lambda z, y: (np.where(np.arange(4) == 3, -np.inf, z), y), "first at row 0, class 3: -inf"),
+        (lambda z, y: (z, y + 1), r"label 4 in row 3; allowed are 0 to 3"),
+        (lambda z, y: (z, y - 1), r"label -1 in row 0; allowed are 0 to 3"),
+        (lambda z, y: (z, y + 0.5), "labels are float64, not all whole numbers; allowed are 0 to 3"),
+        (lambda z, y: (z, None), r"EnergyAligning requires y to be passed"),
+    ],
+)
+def test_bad_logits_and_labels_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        EnergyAligning().fit(*change(*case()))
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (EnergyAligning("magic"), "reading 'magic'; allowed are all_samples, own_samples"),
+        (EnergyAligning(weights="magic"), "weights 'magic'; allowed are balanced, uniform"),
+        (EnergyAligning(temperature=0), "temperature is 0; allowed are numbers above 0"),
+        (EnergyAligning(reference="median"), "reference = 'median'; allowed are 'mean' and a class"),
+        (EnergyAligning(reference=4), "reference = 4; allowed are 'mean' and 0 to 3"),
+        (EnergyAligning(groups=[0, 1]), "expected 4 whole numbers"),
+        (LogitAdjustment(prior=[1, 2, 3, 0]), "prior of class 3 is 0.0; allowed are positive numbers"),
+        (KnownPrior([1, 2]), r"test_prior has shape \(2,\); expected \(4,\)"),
+        (KnownPrior(model_prior="long tail"), "model_prior = 'long tail'; allowed are 'uniform' and 4 positive"),
+        (BlackBoxShift(), "BlackBoxShift needs source_logits and source_labels"),
+        (BlackBoxShift(np.zeros((3, 3)), np.arange(3)), "source_logits have 3 classes, the logits to correct 4"),
+        (Affine(shift=[1, 2]), "expected one finite number or 4 of them"),
+    ],
+)
+def test_bad_settings_are_named(made, message):
+    with pytest.raises(ValueError, match=message):
+        made.fit(*case())
+
+
+def test_missing_classes_are_named():
+    logits, labels = case()
+    only_zero = np.zeros_like(labels)
+    for made in (EnergyAligning("own_samples"), LogitAdjustment(), BlackBoxShift(logits, only_zero)):
+        with pytest.raises(ValueError, match=r"needs a sample of every class; 3 have none, first class 1"):
+            made.fit(logits, only_zero)
+
+
+def test_what_does_not_fit_is_named():
+    logits, labels = case()
+    fitted = EnergyAligning().fit(logits, labels)
+    with pytest.raises(ValueError, match="X has 3 features, but EnergyAligning is expecting 4"):
+        fitted.transform(logits[:, :3])
+    with pytest.raises(ValueError, match="are of another layer: the correction has 4 classes"):
+        posthoc.fold(np.zeros((3, 7)), None, fitted)
+    with pytest.raises(ValueError, match="fitted_on = 'validation'; allowed are train, held-out, test"):
+        EnergyAligning().fit(logits, labels, fitted_on="validation")
+    with pytest.raises(ValueError, match="nothing to compose"):
+        posthoc.compose()
