@@ -9,7 +9,8 @@ import torch
 from longtail import evaluation, files, inference, metrics, networks, posthoc, predictions, training
 
 ALIGN = {"reading": "normalized", "weights": "balanced", "temperature": 1.0, "strength": 1.0}
-EVALUATE = {"ece_bins": 15, "many_above": 100, "few_below": 20}
+MEASURED = {"ece_bins": 15, "many_above": 100, "few_below": 20}
+EVALUATE = {**MEASURED, "distribution_ratios": [2, 5], "distribution_draws": 2}
 RECIPE = {
     "epochs": 2, "batch_size": 16, "drop_last": False, "accumulate": 1, "mixup_alpha": 0.2, "cutmix_alpha": 0,
     "weight_average": 0, "sync_batch_norm": False, "resolution": {"milestones": [], "scales": []}, "test_every": 2,
@@ -91,13 +92,13 @@ def test_alignment_is_fitted_on_train_and_held_out_alone(cell):
 
 def test_evaluation_measures_raw_and_aligned_logits(cell):
     files.write_json("cell/alignment.json", predictions.align("cell/predictions.npz", **ALIGN))
-    results, classes = evaluation.evaluate("cell/predictions.npz", "cell/alignment.json", **EVALUATE)
+    results, classes, shifted = evaluation.evaluate("cell/predictions.npz", "cell/alignment.json", **EVALUATE)
     arrays = files.load_arrays("cell/predictions.npz")
     mean_NC = arrays["last_test_logits"].mean(0)
     labels_N, counts_C = arrays["test_labels"], arrays["class_counts"]
     assert results["last"]["epoch"] == 2
     assert results["last"]["raw"] == pytest.approx(
-        metrics.summarize(mean_NC, labels_N, counts_C, **EVALUATE), rel=1e-5, nan_ok=True
+        metrics.summarize(mean_NC, labels_N, counts_C, **MEASURED), rel=1e-5, nan_ok=True
     )
     train_NC, train_N = arrays["last_train_logits"].mean(0), arrays["train_labels"]
     by_hand = {
@@ -106,9 +107,13 @@ def test_evaluation_measures_raw_and_aligned_logits(cell):
         "rebalanced_on_test": posthoc.PredictionRebalancing().fit(mean_NC),
     }
     for name, correction in by_hand.items():
-        measured = metrics.summarize(correction.transform(mean_NC), labels_N, counts_C, **EVALUATE)
+        measured = metrics.summarize(correction.transform(mean_NC), labels_N, counts_C, **MEASURED)
         assert results["last"][name]["nll"] == pytest.approx(measured["nll"], rel=1e-4)
     assert ("best_on_held_out" in results) == ("aligned_on_held_out" in results["last"]) == cell
+    uniform = {row["correction"]: row for row in shifted if row["distribution"] == "uniform"}
+    assert set(uniform) == {*results["last"]} - {"epoch"}
+    for name, row in uniform.items():
+        assert row["accuracy"] == pytest.approx(results["last"][name]["accuracy"])
     assert [row["train_images"] for row in classes] == [30, 12, 5]
     assert np.mean([row["raw"] for row in classes]) == pytest.approx(results["last"]["raw"]["accuracy"])
 

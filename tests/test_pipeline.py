@@ -352,10 +352,24 @@ def test_jobs_share_the_devices(monkeypatch):
     used = []
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("LONGTAIL_DEVICE", "cuda:0,cuda:1")
-    monkeypatch.setattr(cli, "repro", lambda *args, env=None: 0)
+    monkeypatch.setattr(cli, "dvc", lambda *args, env=None: 0)
     monkeypatch.setattr(cli, "run_cell", lambda plan, cell, env: used.append(env["LONGTAIL_DEVICE"]) or True)
     assert cli.run("quick", "*", 3) == 0
     assert len(used) == len(cli.cells(PARAMS["plans"]["quick"])) and set(used) == {"cuda:0", "cuda:1"}
+
+
+def test_data_that_are_there_are_left_alone_and_a_failure_is_told(monkeypatch, capsys):
+    """DVC locks them while another `longtail run` trains on them."""
+    asked = []
+    changed = {"status": 0, "--wait-for-lock": 1}
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(cli, "dvc", lambda *args, env=None: asked.append(args) or changed[args[0]])
+    monkeypatch.setattr(cli, "run_cell", lambda plan, cell, env: True)
+    assert cli.run("quick", "*", 1) == 0
+    assert [args[0] for args in asked] == ["status", "--wait-for-lock"] and "report@quick" in asked[1][-1]
+    changed["status"] = 1
+    assert cli.run("quick", "*-ce-*", 1) == 2
+    assert "failed: the data; `dvc repro stages/dvc.yaml:subsample@digits_if20` says why" in capsys.readouterr().err
 
 
 def test_a_plan_without_stages_is_named(monkeypatch):

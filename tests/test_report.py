@@ -36,7 +36,7 @@ def measures(accuracy, **other):
 
 
 def make_cell(folder, accuracy, *, held_out=True, names=NAMES, test_accuracy=None, more=()):
-    """The three files of a cell whose aligned accuracy is 0.02 (train) and 0.04 (held-out) higher.
+    """The files of a cell whose aligned accuracy is 0.02 (train) and 0.04 (held-out) higher.
 
     `test_accuracy` holds what the history saw after each of its three epochs, `more` other corrections' gains.
     """
@@ -62,6 +62,12 @@ def make_cell(folder, accuracy, *, held_out=True, names=NAMES, test_accuracy=Non
         for epoch in (1, 2, 3)
     ]  # fmt: skip
     files.write_csv(folder / "history.csv", history, list(history[0]))
+    shifted = [
+        {"distribution": name, "images": 50, "correction": "raw", "accuracy": accuracy - 0.1 * place,
+         "accuracy_sd": 0.01, "known_prior": accuracy, "known_prior_sd": 0.01}
+        for place, name in enumerate(("forward5", "uniform", "backward5"))
+    ]  # fmt: skip
+    files.write_csv(folder / "distributions.csv", shifted, outcomes.DISTRIBUTIONS)
 
 
 @pytest.fixture
@@ -156,6 +162,24 @@ def test_rebalancing_stands_beside_its_published_value_and_never_in_bold(cells, 
     assert "re-balanced on test (transductive) | 2 | 73.0 ± 4.2" in table
     assert "with prediction rebalancing" not in table  # it is in the table itself
     assert outcomes.summary(table_of(cells))["toy_if10"]["plain"]["balpoe"]["aligned"] == pytest.approx(0.67)
+
+
+def test_other_test_distributions_stand_beside_what_was_published(cells, tmp_path):
+    theirs = [
+        quoted(group="backward5", value=0.45),
+        quoted(group="backward5", correction="known_prior", value=0.5),
+        quoted(group="forward5", recipe="another", value=0.7),
+    ]
+    known = outcomes.read_published(write_published(tmp_path, *theirs))
+    results = outcomes.read("toy", PLAN, cells)
+    table = report.markdown(results, known)
+    assert "| Recipe | Method | Test prior | forward5 | uniform | backward5 |" in table
+    assert "| plain | BalPoE (3 experts) | prior unknown | 63.0 ± 4.2 | 53.0 ± 4.2 | 43.0 ± 4.2 (45.0) |" in table
+    assert "| plain | BalPoE (3 experts) | prior known | 63.0 ± 4.2 | 63.0 ± 4.2 | 63.0 ± 4.2 (50.0) |" in table
+    assert "backward5 45.0" not in table  # not among 'also published' as well
+    page = Page(report.html(results, known))
+    assert "prior known" in page.words
+    assert any("from forward5 to backward5: Cross-entropy 52.0 to 32.0 %" in image["alt"] for image in page.images)
 
 
 def test_one_seed_has_no_deviation(cells):

@@ -23,10 +23,14 @@ def cells(plan: dict[str, Any]) -> list[str]:
     return ["-".join(map(str, cell)) for cell in product(*axes)]
 
 
+def dvc(*args: str, env: dict[str, str] | None = None) -> int:
+    """Run dvc; returns its exit status."""
+    return subprocess.run([sys.executable, "-m", "dvc", *args], env=env, check=False).returncode
+
+
 def repro(*args: str, env: dict[str, str] | None = None) -> int:
     """`dvc repro` that waits for the lock: another dvc command at a stage's end must not cost its result."""
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *args]
-    return subprocess.run(command, env=env, check=False).returncode
+    return dvc("--wait-for-lock", "repro", *args, env=env)
 
 
 def run_cell(plan: str, cell: str, env: dict[str, str]) -> bool:
@@ -47,8 +51,10 @@ def run(plan: str, only: str, jobs: int) -> int:
     chosen = [cell for cell in cells(plans[plan]) if fnmatch.fnmatchcase(cell, only)]
     if not chosen:
         raise ValueError(f"--only {only!r} matches none of {', '.join(cells(plans[plan]))}")
-    datasets = sorted({cell.split("-")[0] for cell in chosen})
-    if repro("-q", *(f"{PIPELINE}:subsample@{dataset}" for dataset in datasets)):
+    datasets = [f"{PIPELINE}:subsample@{name}" for name in sorted({cell.split("-")[0] for cell in chosen})]
+    # where they are there, they are left alone: another `longtail run` may be training on them, and then DVC refuses
+    if dvc("status", "-q", *datasets) and repro("-q", *datasets):
+        print(f"failed: the data; `dvc repro {' '.join(datasets)}` says why", file=sys.stderr)
         return len(chosen)
     # threads of two trainings on the same cores wait for each other: each gets its own share
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
@@ -72,7 +78,8 @@ def run(plan: str, only: str, jobs: int) -> int:
         repro("-q", "-s", f"{PIPELINE}:report@{plan}")  # -s: cells that were not chosen stay as they are
         print(f"table: results/{plan}/table.md\npage:  results/{plan}/report.html")
     for cell in failed:
-        print(f"failed: {cell} (the stage's message is above)", file=sys.stderr)
+        said = f"the stage's message is above; `dvc repro {PIPELINE}:evaluate-{plan}@{cell}` shows DVC's own as well"
+        print(f"failed: {cell} ({said})", file=sys.stderr)
     return len(failed)
 
 

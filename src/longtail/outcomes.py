@@ -34,6 +34,7 @@ CURVES = ("dataset", "recipe", "method", "seed", "epoch", "loss", "train_accurac
 CLASSES = ("dataset", "recipe", "method", "class", "name", "train_images", "n", RAW, "aligned",
            "aligned_on")  # fmt: skip
 HISTORY = ("epoch", "lr", "loss", "train_accuracy", "held_out_accuracy", "test_accuracy")
+DISTRIBUTIONS = ("distribution", "images", "correction", "accuracy", "accuracy_sd", "known_prior", "known_prior_sd")
 PUBLISHED = ("dataset", "recipe", "method", "correction", "measure", "group", "value", "sd", "runs",
              "optimistic", "transductive", "same_recipe", "source", "note")  # fmt: skip
 
@@ -43,12 +44,13 @@ Key = tuple[str, str, str, int]  # dataset, recipe, method, seed
 
 @dataclass(frozen=True)
 class Cell:
-    """The three small files of one finished cell; `best` is None without a held-out set."""
+    """The small files of one finished cell; `best` is None without a held-out set."""
 
     last: Mapping[str, Any]
     best: Mapping[str, Any] | None
     classes: list[Row]
     history: list[Row]
+    distributions: list[Row]
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def read_table(path: Path, needed: Sequence[str], limits: Mapping[str, float]) -
 
 def read_cell(folder: Path) -> Cell | None:
     """One cell's files, or None when one of them is not there; ValueError when one is wrong."""
-    paths = [folder / name for name in ("metrics.json", "classes.csv", "history.csv")]
+    paths = [folder / name for name in ("metrics.json", "classes.csv", "history.csv", "distributions.csv")]
     if not all(path.is_file() for path in paths):
         return None
     metrics = files.read_json(paths[0])
@@ -144,6 +146,7 @@ def read_cell(folder: Path) -> Cell | None:
         best=None if best is None else read_measures(best, f"{paths[0]}: best_on_held_out"),
         classes=classes,
         history=read_table(paths[2], HISTORY, limits),
+        distributions=read_table(paths[3], DISTRIBUTIONS, {"images": math.inf} | dict.fromkeys(DISTRIBUTIONS[3:], 1.0)),
     )
 
 

@@ -170,6 +170,8 @@ class Evaluate(Block):
     ece_bins: Annotated[int, Field(ge=1, le=1000)]
     many_above: Annotated[int, Field(ge=0)]
     few_below: Annotated[int, Field(ge=0)]
+    distribution_ratios: list[Annotated[int, Field(ge=2)]]
+    distribution_draws: Annotated[int, Field(ge=1, le=1000)]
 
     @model_validator(mode="after")
     def _groups_are_apart(self) -> "Evaluate":

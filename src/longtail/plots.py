@@ -221,6 +221,38 @@ def curves(
         return picture(axis, alt, f"{caption} Recipe {recipe}.")
 
 
+def under_shift(rows: Sequence[Row], *, recipe: str, names: Mapping[str, str], colours: Mapping[str, str]) -> Figure:
+    """Accuracy from forward to backward test distributions: full lines without, broken ones with the test prior."""
+    distributions = list(dict.fromkeys(row["distribution"] for row in rows))
+    said = []
+    with axes() as axis:
+        for method in dict.fromkeys(row["method"] for row in rows):
+            for column, style in (("accuracy", "-"), ("known_prior", (0, (4, 2)))):
+                mine = {
+                    row["distribution"]: 100 * row["mean"]
+                    for row in rows
+                    if (row["method"], row["column"], row["correction"]) == (method, column, "raw")
+                }
+                if not mine:
+                    continue
+                places = [distributions.index(name) for name in mine]
+                axis.plot(places, [*mine.values()], linestyle=style, color=colours[method], linewidth=1.5, marker="o",
+                          markersize=3, label=names[method] if column == "accuracy" else None)  # fmt: skip
+                known = "" if column == "accuracy" else ", prior known,"
+                first, last = mine[distributions[0]], mine[distributions[-1]]
+                said.append(f"{names[method]}{known} {first:.1f} to {last:.1f} %")
+        axis.set_xticks(range(len(distributions)), [_short(name) for name in distributions])
+        axis.set(title="Other test distributions", xlabel="forward · uniform · backward", ylabel="test accuracy (%)")
+        axis.legend(loc="lower left")
+        alt = f"Test accuracy, recipe {recipe}, from {distributions[0]} to {distributions[-1]}: {'; '.join(said)}."
+        return picture(axis, alt, f"Broken lines: test prior known. Recipe {recipe}.")
+
+
+def _short(distribution: str) -> str:
+    """forward50 is F50, backward2 B2, uniform 1."""
+    return distribution.replace("forward", "F").replace("backward", "B").replace("uniform", "1")
+
+
 def forest(
     rows: Sequence[Row],
     *,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jinja2
 from scipy.special import stdtrit
 
-from longtail import files, plots
+from longtail import files, plots, under_shift
 from longtail.outcomes import (
     ADJUSTED,
     ALIGNED,
@@ -247,6 +247,8 @@ def section(results: Results, table: Sequence[Row], published: Sequence[Row], da
     header = [HEADER[place] for place in columns]
     used = {row["correction"] for row in mine}
     shown = {(row["recipe"], row["method"], IN_PUBLISHED.get(row["correction"])) for row in mine}
+    names = {method: method_name(method) for method in results.plan["methods"]}
+    shift = under_shift.table(under_shift.rows(results, dataset), published, dataset, names)
     explained = [text for key, text in FITTED.items() if key in used]
     return {
         "dataset": dataset,
@@ -254,7 +256,8 @@ def section(results: Results, table: Sequence[Row], published: Sequence[Row], da
         "lines": lines,
         "notes": notes,
         "explained": explained + ([BEST_ON_TEST] if "Best on test" in header else []),
-        "also": also_published(results.plan, published, dataset, shown),
+        "also": also_published(results.plan, [row for row in published if row not in shift["quoted"]], dataset, shown),
+        "shift": shift,
         "missing": missing(results, dataset),
     }
 
@@ -319,6 +322,11 @@ def markdown(results: Results, published: Sequence[Row]) -> str:
         blocks.append("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
         notes = [f"({mark}) {text}" for mark, text in part["notes"]]
         blocks.append("\n".join(f"- {text}" for text in [*part["explained"], *notes]))
+        if part["shift"]["lines"]:
+            header = part["shift"]["header"]
+            lines = [header, ["---"] * 3 + ["---:"] * (len(header) - 3), *part["shift"]["lines"]]
+            blocks += ["### Other test distributions", under_shift.READING]
+            blocks.append("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
         if part["also"]:
             blocks.append("Also published:\n\n" + "\n".join(f"- {text}" for text in part["also"]))
         if part["missing"]:
@@ -334,7 +342,8 @@ def figures(results: Results, table: Sequence[Row], dataset: str) -> dict[str, l
     }
     by_class = [row for row in classes(results) if row["dataset"] == dataset]
     by_epoch = [row for row in curves(results) if row["dataset"] == dataset]
-    drawn: dict[str, list[plots.Figure]] = {"": [], "Accuracy by class": [], "Training": []}
+    shifted = under_shift.figures(under_shift.rows(results, dataset), style)
+    drawn: dict[str, list[plots.Figure]] = {"": [], "Accuracy by class": [], "Shift": shifted, "Training": []}
     if not by_class:
         return drawn
     known = [row[column] for row in by_class for column in (RAW, "aligned") if row[column] is not None]
@@ -391,6 +400,7 @@ def html(results: Results, published: Sequence[Row]) -> str:
         done=len(results.cells),
         planned=planned,
         reading=READING,
+        reading_shift=under_shift.READING,
         same_subset=SAME_SUBSET,
         sections=parts,
     )
