@@ -103,6 +103,8 @@ def test_every_cell_of_every_plan_has_its_four_stages_and_there_are_no_others(st
             *(f"download@{source}" for source in PARAMS["sources"]),
             *(f"subsample@{dataset}" for dataset in PARAMS["datasets"]),
             *(f"report@{plan}" for plan in PARAMS["plans"]),
+            *(f"compare-posthoc@{cell}" for cell in cli.cells(PARAMS["plans"]["posthoc"])),
+            "readings",
             *(
                 f"{step}-{plan}@{cell}"
                 for plan, block in PARAMS["plans"].items()

@@ -86,6 +86,8 @@ def test_a_stage_run_by_hand_says_what_to_do(script):
         "predict.py": ["data", "model", "out"],
         "align.py": ["predictions", "out"],
         "evaluate.py": ["predictions", "alignment", "history", "out"],
+        "compare.py": ["predictions", "out"],
+        "readings.py": ["plan", "cells", "out"],
         "report.py": ["plan", "cells", "published", "out"],
         "show.py": ["table", "page"],
     }[script]

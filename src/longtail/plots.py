@@ -248,6 +248,47 @@ def under_shift(rows: Sequence[Row], *, recipe: str, names: Mapping[str, str], c
         return picture(axis, alt, f"Broken lines: test prior known. Recipe {recipe}.")
 
 
+def energies(cells: Mapping[str, Sequence[Mapping[str, str]]]) -> bytes:
+    """A PNG: free energy of each class against its training images, a row a method, a column a reading.
+
+    `cells` has for each method the rows of one cell's energies.csv.
+    """
+    readings = list(dict.fromkeys(row["reading"] for rows in cells.values() for row in rows))
+    logits = list(dict.fromkeys(row["logits"] for rows in cells.values() for row in rows))
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)  # type: ignore[arg-type]  # its names are a Literal
+        canvas = Canvas(figsize=(3.0 * len(readings), 2.6 * len(cells) + 0.5), layout="constrained")
+        panels = canvas.subplots(len(cells), len(readings), squeeze=False, sharex=True, sharey="row")
+        for axes_, (method, rows) in zip(panels, cells.items(), strict=True):
+            for axis, reading in zip(axes_, readings, strict=True):
+                for place, name in enumerate(logits):
+                    mine = [row for row in rows if (row["reading"], row["logits"]) == (reading, name)]
+                    mine.sort(key=lambda row: float(row["train_images"]))
+                    axis.plot(
+                        [float(row["train_images"]) for row in mine], _smooth([float(row["energy"]) for row in mine]),
+                        color=PALETTE[place % len(PALETTE)], linestyle="--" if "," in name else "-", linewidth=1.4,
+                        label=name,
+                    )  # fmt: skip
+                axis.set(xscale="log", title=f"{method}, {reading}" if len(cells) > 1 else reading)
+            axes_[0].set_ylabel("free energy - mean (nats)")
+        for axis in panels[-1]:
+            axis.set_xlabel("training images")
+            axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")  # mathtext is off
+            axis.xaxis.set_minor_formatter("")
+        handles, labels = panels[0][0].get_legend_handles_labels()
+        canvas.legend(handles, labels, loc="outside lower center", ncols=len(logits), frameon=False)
+        drawn = io.BytesIO()
+        canvas.savefig(drawn, format="png", dpi=1.5 * PIXELS, metadata={"Software": None})
+    return drawn.getvalue()
+
+
+def _smooth(values: Sequence[float], width: int = 9) -> list[float]:
+    """Running mean, over fewer at the ends: single classes hide the trend."""
+    half = min(width, len(values)) // 2
+    return [mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+
+
 def _short(distribution: str) -> str:
     """forward50 is F50, backward2 B2, uniform 1."""
     return distribution.replace("forward", "F").replace("backward", "B").replace("uniform", "1")

@@ -1,0 +1,6 @@
+"""Which reading of energy aligning wins on held-out images, over all cells of a plan."""
+
+from longtail import readings, stage
+
+with stage.run("plan", "cells", "out") as (args, params):
+    readings.write(params[f"plans.{args.plan}"], cells_dir=args.cells, out_dir=args.out)
