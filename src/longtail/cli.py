@@ -93,6 +93,19 @@ def main() -> None:
     one.add_argument("--only", default="*", help="pattern of <dataset>-<recipe>-<method>-<seed>, e.g. '*-gala-0'")
     one = commands.add_parser("track", help="mirror the result files into MLflow; twice does nothing more")
     one.add_argument("plan", nargs="*", help="plans (default: all that have run)")
+    for name, text in (
+        ("export", "write a trained cell as a file that needs no code of ours: .onnx or .pt2"),
+        ("register", "put a trained cell into MLflow's model registry, ready to be served"),
+    ):
+        one = commands.add_parser(name, help=text)
+        one.add_argument("plan", help="a name under `plans` in params.yaml")
+        one.add_argument("cell", help="<dataset>-<recipe>-<method>-<seed>")
+        one.add_argument("--correction", default="none", help="of the logits: none (default), aligned_on_train, ...")
+        if name == "export":
+            one.add_argument("--out", required=True, help="where it goes: .onnx or .pt2")
+        else:
+            one.add_argument("--name", default="longtail", help="of the registered model (default: longtail)")
+            one.add_argument("--alias", default="champion", help="that points at this version (default: champion)")
     commands.add_parser("check", help="check params.yaml")
     commands.add_parser("correct", help="correct anyone's logits, in files", add_help=False)
     args, rest = parser.parse_known_args()
@@ -117,6 +130,21 @@ def main() -> None:
             from longtail import tracking  # two seconds: not for the other commands
 
             tracking.track(Path.cwd(), args.plan or None)
+        if args.command in ("export", "register"):
+            from longtail import export, tracking  # seconds as well
+
+            chosen = export.Cell(Path.cwd(), args.plan, args.cell, args.correction)
+            if args.command == "export":
+                difference = export.export(chosen, args.out)
+                print(
+                    f"{args.out}: logits within {difference:.1g} nats of the pipeline's on {export.CHECKED} test images"
+                )
+            else:
+                address = export.register(chosen, Path.cwd(), name=args.name, alias=args.alias)
+                uri, _ = tracking.location(Path.cwd())
+                print(
+                    f"{address}\nMLFLOW_TRACKING_URI={uri} mlflow models serve -m {address} --env-manager local -p 5001"
+                )
     except ValueError as error:
         sys.exit(f"error: {error}")
 

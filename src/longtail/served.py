@@ -1,0 +1,52 @@
+"""What MLflow serves of a registered cell; MLflow keeps a copy of this file, which needs nothing of longtail.
+
+In: a column `image`, the bytes of an image file (PNG, JPEG, ...; base64 in JSON). Out, for each: the most probable
+class, and the probability of every class by its name.
+"""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from mlflow.models import set_model
+from mlflow.pyfunc.model import PythonModel
+from PIL import Image
+
+
+class Served(PythonModel):
+    """The exported network behind MLflow's interface."""
+
+    def load_context(self, context: Any) -> None:
+        """Open the network and what is known about it."""
+        self.session = onnxruntime.InferenceSession(context.artifacts["network"], providers=["CPUExecutionProvider"])
+        self.about = json.loads(Path(context.artifacts["about"]).read_text())
+
+    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+        """Classify image files; one that has another size than the network's images is resized.
+
+        Raises ValueError naming the row that holds no image.
+        """
+        images = np.stack([self.decode(row, data) for row, data in enumerate(model_input["image"])])
+        (probabilities,) = self.session.run(["probabilities"], {"images": images})
+        classes = self.about["classes"]
+        return [
+            {"class": classes[int(row.argmax())], "probabilities": dict(zip(classes, row.tolist(), strict=True))}
+            for row in probabilities
+        ]
+
+    def decode(self, row: int, data: bytes) -> np.ndarray:
+        """The bytes of a file as uint8 (H, W, channels)."""
+        size = self.about["width"], self.about["height"]
+        try:
+            image = Image.open(io.BytesIO(data)).convert("L" if self.about["channels"] == 1 else "RGB")
+        except Exception as error:
+            raise ValueError(f"row {row}: no image file ({error})") from error
+        if image.size != size:
+            image = image.resize(size, Image.Resampling.BILINEAR)
+        return np.asarray(image, dtype=np.uint8).reshape(self.about["height"], self.about["width"], -1)
+
+
+set_model(Served())
