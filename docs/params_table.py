@@ -24,8 +24,19 @@ from dvc.repo import Repo
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "params.md"
-STRUCTURE = ("plans", "sources", "datasets")  # what dvc.yaml itself reads
-STEPS = ("check", "download", "subsample", "train", "predict", "align", "evaluate", "report", "quick")
+STEPS = (
+    "check",
+    "download",
+    "subsample",
+    "train",
+    "predict",
+    "align",
+    "evaluate",
+    "compare",
+    "readings",
+    "report",
+    "quick",
+)
 HEAD = """# What re-runs when a line of params.yaml changes
 
 Made by `python docs/params_table.py`, which changes each line in a copy and asks DVC; tests/test_pipeline.py checks it.
@@ -110,7 +121,7 @@ class Pipeline:
         self.write(values)
         changed = [deps for deps in self.declared.values() if deps[0].status()]
         touched = {self.name(dep.stage) for deps in changed for dep in deps}
-        if key.split(".")[0] in STRUCTURE:  # dvc.yaml reads these: another pipeline may come out
+        if self.shapes_the_pipeline(key):
             with Repo(str(self.folder)) as repo:
                 for stage in repo.index.stages:
                     before = self.stages.get(self.name(stage))
@@ -119,6 +130,12 @@ class Pipeline:
                         touched.add(self.name(stage))
         self.write(self.values)
         return touched
+
+    def shapes_the_pipeline(self, key: str) -> bool:
+        """Whether dvc.yaml itself reads the key, so that another pipeline may come out: seconds to find out."""
+        section, *_, last = key.split(".")
+        pipeline = (self.folder / "stages/dvc.yaml").read_text()
+        return section == "plans" or (section in ("sources", "datasets") and f"${{item.{last}}}" in pipeline)
 
     def followers(self, names: set[str]) -> set[str]:
         """Every stage downstream of the named ones, but for themselves."""

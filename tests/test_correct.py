@@ -153,7 +153,7 @@ def broken(folder):
         ),
         ("test.npy --labels test_labels.npy --set reading=x", "test.npy: reading 'x'; allowed are all_samples"),
         ("test.npy --labels test_labels.npy --out a.txt", "a.txt: unknown kind '.txt'"),
-        ("test.npy --apply none.json", "none.json: no fitted_on, scale, shift; expected what --shift writes"),
+        ("test.npy --apply none.json", "none.json: no fitted_on, flags, scale, shift; expected what --shift writes"),
     ],
 )
 def test_what_is_wrong_is_named_and_nothing_is_written(folder, monkeypatch, arguments, message):

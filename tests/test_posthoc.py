@@ -382,7 +382,9 @@ def test_composed_is_one_after_the_other_and_so_is_a_pipeline():
     np.testing.assert_allclose(posthoc.compose(*fitted).transform(logits), by_hand, atol=1e-12)
     np.testing.assert_array_equal(pipeline.predict(logits), by_hand.argmax(1))
     on_test = clone(PredictionRebalancing()).fit(logits, fitted_on="test")
-    assert posthoc.compose(EnergyAligning().fit(logits, labels, fitted_on="train"), on_test).flags == ["transductive"]
+    aligned, told = EnergyAligning().fit(logits, labels, fitted_on="train"), KnownPrior().fit(logits)
+    assert posthoc.compose(aligned, on_test).flags == ["transductive"]
+    assert posthoc.compose(aligned, told, on_test).flags == ["transductive", "needs test prior"]
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -404,7 +406,7 @@ def test_written_and_read_again():
     for correction in one_of_each(logits, labels):
         read = posthoc.from_dict(json.loads(json.dumps(correction.to_dict())))
         np.testing.assert_array_equal(read.transform(logits), correction.transform(logits))
-        assert read.fitted_on_ == "held-out"
+        assert (read.fitted_on_, read.flags) == ("held-out", correction.flags)
 
 
 # What scikit-learn's checks do and no logits do: labels that have no column among the logits, or are no numbers.

@@ -160,7 +160,7 @@ def _settings(by: str, given: Sequence[str]) -> dict[str, Any]:
 
 def _read(path: str) -> posthoc.Affine:
     fitted = files.read_json(path)
-    missing = {"scale", "shift", "fitted_on"} - set(fitted if isinstance(fitted, Mapping) else ())
+    missing = {"scale", "shift", "fitted_on", "flags"} - set(fitted if isinstance(fitted, Mapping) else ())
     if missing:
         raise ValueError(f"{path}: no {', '.join(sorted(missing))}; expected what --shift writes")
     return posthoc.from_dict(fitted)

@@ -224,7 +224,7 @@ class Correction(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type
 
 def from_dict(fitted: Mapping[str, Any]) -> "Affine":
     """The correction that `to_dict` wrote, as scale and shift."""
-    correction = Affine(scale=fitted["scale"], shift=fitted["shift"])
+    correction = Affine(fitted["scale"], fitted["shift"], NEEDS_TEST_PRIOR in fitted["flags"])
     return correction.fit(np.zeros((1, len(fitted["shift"]))), fitted_on=fitted["fitted_on"])
 
 
@@ -233,8 +233,8 @@ class Affine(Correction):
 
     needs_labels = False
 
-    def __init__(self, scale: Any = 1.0, shift: Any = 0.0):
-        self.scale, self.shift = scale, shift
+    def __init__(self, scale: Any = 1.0, shift: Any = 0.0, needs_test_prior: bool = False):
+        self.scale, self.shift, self.needs_test_prior = scale, shift, needs_test_prior
 
     def _fit(self, logits: np.ndarray, labels: Any) -> None:
         classes = logits.shape[1]
@@ -618,7 +618,7 @@ class VectorScaling(Correction):
 
 
 def compose(*corrections: Correction) -> Affine:
-    """One correction that does what several fitted ones do, the first one first."""
+    """One correction that does what several fitted ones do, the first one first; it keeps their flags."""
     if not corrections:
         raise ValueError("nothing to compose")
     scale: Any = 1.0
@@ -630,7 +630,8 @@ def compose(*corrections: Correction) -> Affine:
         shift = np.asarray(correction.scale_) * shift + correction.shift_
         where = correction.fitted_on_
         fitted_on = where if fitted_on is None or where == "test" else fitted_on
-    return Affine(scale, shift).fit(np.zeros((1, len(shift))), fitted_on=fitted_on)
+    told = any(correction.needs_test_prior for correction in corrections)
+    return Affine(scale, shift, told).fit(np.zeros((1, len(shift))), fitted_on=fitted_on)
 
 
 def fold(weight: Any, bias: Any, correction: Correction) -> tuple[Any, Any]:
