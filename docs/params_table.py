@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from dvc.dependency import param
 from dvc.dependency.param import ParamsDependency
 from dvc.repo import Repo
 
@@ -46,6 +47,20 @@ stops a chain at equal bytes.
 | line of params.yaml | touches | follows |
 | --- | --- | --- |
 """
+
+
+def parse_once(load: Any) -> Any:
+    """DVC's reader of params.yaml, which parses it anew for every stage, with a memory of one file's content."""
+    known: dict[str, Any] = {}
+
+    def load_path(path: str, fs: Any, **options: Any) -> Any:
+        text = Path(path).read_text()
+        if text not in known:
+            known.clear()
+            known[text] = load(path, fs, **options)
+        return known[text]
+
+    return load_path
 
 
 def leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -89,6 +104,7 @@ class Pipeline:
     """The committed pipeline in a folder of its own, as if every stage had run with the committed params."""
 
     def __init__(self, folder: Path):
+        param.load_path = parse_once(param.load_path)
         self.folder = folder
         for name in ("dvc.yaml", "stages/dvc.yaml"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +115,7 @@ class Pipeline:
             Repo.init(str(folder), no_scm=True).close()
         self.repo = Repo(str(folder))
         self.stages = {self.name(stage): stage for stage in self.repo.index.stages}
-        # stages that declare the same keys share an answer: DVC parses the file anew for each question
+        # stages that declare the same keys share an answer
         self.declared: dict[tuple[str, ...], list[Any]] = {}
         for stage in self.stages.values():
             for dep in stage.deps:

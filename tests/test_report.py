@@ -472,7 +472,7 @@ def test_page_is_self_contained(cells, published, tmp_path):
 
 def test_pictures_have_sizes_and_words(cells, published, tmp_path):
     page = Page(written(cells, published, tmp_path / "out")["report.html"].decode())
-    assert len(page.images) == 6  # accuracy, counts, two methods by class, loss, held-out accuracy
+    assert len(page.images) == 7  # accuracy, counts, two methods by class, other distributions, loss, held-out
     for image in page.images:
         data = base64.b64decode(image["src"].partition(",")[2])
         pixels = (int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big"))
