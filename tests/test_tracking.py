@@ -270,6 +270,17 @@ def test_the_plan_gets_its_table_when_it_changed(root: Path, monkeypatch: pytest
     assert stored.read_text() == "| 2 |"
 
 
+def test_relatives_of_aligning_are_shown_with_their_flag(root: Path) -> None:
+    parts = {name: measures(0.4 + 0.1 * place) for place, name in enumerate(("raw", "aligned_on_train"))}
+    parts |= {"logit_adjusted": measures(0.6), "rebalanced_on_test": measures(0.7)}
+    add_cell(root, "balpoe", accuracy=0.4, metrics={"last": {"epoch": 4, **parts}})
+    sync(root)
+    (run,) = runs(root, method="balpoe")
+    assert run.data.metrics["logit adjustment/accuracy"] == 0.6
+    assert run.data.metrics["re-balanced: transductive/accuracy"] == 0.7
+    assert "logit adjustment/nll" not in run.data.metrics
+
+
 def test_what_the_machine_says_counts_for_its_own_training_only(root: Path) -> None:
     training = add_cell(root, "gala", accuracy=0.75)
     machine = {"gpu": "H100", "cpu": "EPYC", "seconds": 80.0, "images_per_s": 5000.0, "torch": "2.14.1"}

@@ -34,6 +34,10 @@ ALIGNED = (
     ("aligned_on_held_out", "aligned held-out"),
     ("aligned_on_train", "aligned train"),
 )  # the first there is
+RELATIVES = {  # accuracy alone; the name says what has to be held against it
+    "logit_adjusted": "logit adjustment",
+    "rebalanced_on_test": "re-balanced: transductive",
+}
 CURVES = ("lr", "loss", "train_accuracy", "held_out_accuracy", "test_accuracy")
 MACHINE = ("device", "cpu", "gpu", "threads")
 MACHINE_METRICS = {"seconds": "training seconds", "images_per_s": "images per s"}
@@ -287,6 +291,7 @@ def _metrics(path: Path) -> tuple[int, dict[str, float]]:
         block, group = next(pair for pair in ALIGNED if pair[0] in last)
         # shorter than `accuracy few`: the compare page cuts long names
         shown |= {f"{group}/{key.replace('_', ' ')}": last[block][key] for key in MEASURES}
+        shown |= {f"{group}/accuracy": last[key]["accuracy"] for key, group in RELATIVES.items() if key in last}
         best = written.get("best_on_held_out")
         if best is not None:
             shown["best epoch/accuracy"] = best["raw"]["accuracy"]
