@@ -17,8 +17,9 @@ START, END = "<!-- results: made by docs/readme_table.py -->\n", "<!-- end of re
 
 
 def shortened(table: str) -> str:
-    """The wanted columns and rows of the Markdown table in `table`."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"]
+    """The wanted columns and rows of the first Markdown table in `table`."""
+    first = table[table.index("\n|") + 1 :].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in first.splitlines()]
     places = [rows[0].index(column) for column in COLUMNS]
     correction = rows[0].index("Correction")
     rows = rows[:2] + [row for row in rows[2:] if row[correction] in CORRECTIONS]

@@ -92,11 +92,14 @@ def test_alignment_is_fitted_on_train_and_held_out_alone(cell):
 
 def test_evaluation_measures_raw_and_aligned_logits(cell):
     files.write_json("cell/alignment.json", predictions.align("cell/predictions.npz", **ALIGN))
-    results, classes, shifted = evaluation.evaluate("cell/predictions.npz", "cell/alignment.json", **EVALUATE)
+    found = evaluation.evaluate("cell/predictions.npz", "cell/alignment.json", **EVALUATE)
+    results, classes, shifted = found.measures, found.classes, found.distributions
     arrays = files.load_arrays("cell/predictions.npz")
     mean_NC = arrays["last_test_logits"].mean(0)
     labels_N, counts_C = arrays["test_labels"], arrays["class_counts"]
     assert results["last"]["epoch"] == 2
+    errors = results["last"]["raw"].pop("standard_error")
+    assert errors["accuracy"] == pytest.approx(results["last"]["raw"]["accuracy"] ** 0.5 / 24**0.5, rel=1)
     assert results["last"]["raw"] == pytest.approx(
         metrics.summarize(mean_NC, labels_N, counts_C, **MEASURED), rel=1e-5, nan_ok=True
     )

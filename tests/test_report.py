@@ -3,13 +3,13 @@
 import base64
 import json
 import re
-import statistics
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from longtail import files, outcomes, report
+from longtail import differences, evaluation, files, outcomes, report
 
 PLAN = {
     "datasets": ["toy_if10"],
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def measures(accuracy, **other):
-    block = {
+    block = dict.fromkeys(outcomes.MEASURES, 0.25) | {
         "accuracy": accuracy,
         "many": accuracy + 0.1,
         "medium": None,
@@ -31,6 +31,7 @@ def measures(accuracy, **other):
         "balanced_error": 1 - accuracy,
         "nll": 1.5,
         "ece": 0.05,
+        "standard_error": dict.fromkeys(outcomes.RESAMPLED, 0.01),
     }
     return block | other
 
@@ -53,8 +54,10 @@ def make_cell(folder, accuracy, *, held_out=True, names=NAMES, test_accuracy=Non
     by_class = [
         {"class": i, "name": name, "train_images": 100 // 10**i}
         | {kind: accuracy + gain for kind, gain in kinds.items()}
+        | {f"energy_{when}_{split}": span * i for when, span in (("before", 2.0), ("after", 0.5))
+           for split in ("train", "held_out") if split == "train" or held_out}
         for i, name in enumerate(names)
-    ]
+    ]  # fmt: skip
     files.write_csv(folder / "classes.csv", by_class, list(by_class[0]))
     history = [
         {"epoch": epoch, "lr": 0.1, "loss": 1 / epoch, "train_accuracy": 0.9,
@@ -68,6 +71,16 @@ def make_cell(folder, accuracy, *, held_out=True, names=NAMES, test_accuracy=Non
         for place, name in enumerate(("forward5", "uniform", "backward5"))
     ]  # fmt: skip
     files.write_csv(folder / "distributions.csv", shifted, outcomes.DISTRIBUTIONS)
+    bins = [
+        {"correction": kind, "low": 0.4, "high": 0.6, "images": 100, "confidence": 0.5, "accuracy": accuracy + gain}
+        for kind, gain in kinds.items()
+    ]
+    files.write_csv(folder / "reliability.csv", bins, outcomes.RELIABILITY)
+    right = [
+        {"correction": kind, "images": 100, "right": evaluation.pack(np.arange(100) < round(100 * (accuracy + gain)))}
+        for kind, gain in kinds.items()
+    ]
+    files.write_csv(folder / "right.csv", right, evaluation.RIGHT)
 
 
 @pytest.fixture
@@ -183,9 +196,14 @@ def test_other_test_distributions_stand_beside_what_was_published(cells, tmp_pat
 
 
 def test_one_seed_has_no_deviation(cells):
-    table = table_of(cells, PLAN | {"seeds": [0]})
+    results = outcomes.read("toy", PLAN | {"seeds": [0]}, cells)
+    table = outcomes.rows(results, [])
     assert find(table, "ce")["accuracy_sd"] is None
-    assert "so no difference is settled" in report.answers(table)[0].text
+    first, second = (answer.text for answer in report.answers(results, table))
+    assert "lead of 10.0 points (95 % interval 4.0 to 16.0 over test images alone" in first
+    # 60 of 100 images against 50, the same ones: 10 differ; sqrt(.1 * .9 / 99) is 3.0 points
+    assert "it is a lead of 10.0 points (95 % interval 4.0 to 16.0 over test images alone" in second
+    assert "settled for these networks, not for the methods." in second
 
 
 def test_only_the_plan_is_read(cells):
@@ -206,7 +224,7 @@ def test_without_held_out_images(tmp_path):
     results = outcomes.read("toy", PLAN, tmp_path)
     assert {row["aligned_on"] for row in outcomes.classes(results)} == {"train"}
     assert {row["held_out_accuracy"] for row in outcomes.curves(results)} == {None}
-    assert "held-out" not in report.answers(table)[0].text
+    assert not any("held-out" in answer.text for answer in report.answers(results, table))
     assert report.html(results, [])
 
 
@@ -250,33 +268,58 @@ def test_summary_is_small_and_takes_the_held_out_alignment(cells):
 # -------------------------------------------------------------------------------------------- the answer
 
 
-def test_least_difference_is_the_t_interval_of_two_means(cells):
-    """The twin: two methods of two seeds have 2 degrees of freedom, and Student's t is then 4.302653."""
-    table = [row for row in table_of(cells) if row["correction"] == "raw"]
-    variances = [statistics.variance(row["accuracies"]) for row in table]
-    pooled = (sum(variances) / 2) ** 0.5
-    assert report.least_difference(table, 2, 2) == (
-        pytest.approx(pooled),
-        pytest.approx(4.302653 * pooled * (1 / 2 + 1 / 2) ** 0.5),
-    )
-    assert report.least_difference([row | {"n": 1} for row in table], 1, 1) is None
+def answer_of(cells, plan=PLAN):
+    """What is said of the whole data set, and of its one recipe."""
+    results = outcomes.read("toy", plan, cells)
+    return [answer.text for answer in report.answers(results, outcomes.rows(results, []))]
 
 
 def test_answer_names_the_winner_the_margin_and_what_is_not_settled(cells):
-    (said,) = report.answers(table_of(cells))
-    assert "BalPoE (3 experts) has the highest accuracy: 63.0 ± 4.2 %, 11.0 points above" in said.text
-    assert "Cross-entropy (52.0 ± 2.8 %); 2 seeds for each method" in said.text
-    # pooled sd is sqrt((0.0008 + 0.0018) / 2) = 3.606 points, times 4.302653
-    assert "pooled over methods, is 3.6 points" in said.text
-    assert "below about 15.5 points is not settled" in said.text and said.text.count("within that") == 1
-    assert "change accuracy by +4.0 to +4.0 points" in said.text
+    whole, said = answer_of(cells)
+    assert whole.startswith(
+        "Highest on toy_if10: BalPoE (3 experts), recipe plain, aligned on held-out, 67.0 ± 4.2 % (2 seeds). "
+        "The next method is Cross-entropy, recipe plain, aligned on held-out, 56.0 ± 2.8 % (2 seeds): a lead of 11.0 "
+    )
+    assert whole.endswith("not settled. Again: longtail run toy --only 'toy_if10-plain-balpoe-*'")
+    assert "BalPoE (3 experts) has the highest accuracy: 63.0 ± 4.2 %, 11.0 points above" in said
+    assert "Cross-entropy (52.0 ± 2.8 %); 2 seeds for each method" in said
+    # variance over seeds 0.0013 with 2 degrees of freedom, over images 0.000736: 4.9 degrees, t = 2.59
+    assert "it is a lead of 11.0 points (95 % interval -0.7 to 22.7 over test images and seeds): not settled." in said
+    assert "change accuracy by +4.0 to +4.0 points" in said
 
 
-def test_a_lead_beyond_the_spread_is_called_so(tmp_path):
+def test_a_lead_beyond_images_and_seeds_is_settled(tmp_path):
     for seed in PLAN["seeds"]:
         for method, accuracy in (("ce", 0.3), ("balpoe", 0.6)):
-            make_cell(tmp_path / "toy_if10/plain" / method / str(seed), accuracy + 0.001 * seed)
-    assert "is beyond that" in report.answers(table_of(tmp_path))[0].text
+            make_cell(tmp_path / "toy_if10/plain" / method / str(seed), accuracy + 0.01 * seed)
+    assert all(": settled." in text for text in answer_of(tmp_path))
+    text = report.markdown(outcomes.read("toy", PLAN, tmp_path), [])
+    assert "| plain | BalPoE (3 experts) | none | 2 | 60.5 | 1.0 | +30.0 (" in text
+    assert "| plain | Cross-entropy | none | 2 | 30.5 | 1.0 | - | -30.0 (" in text and "| < 0.001 | behind |" in text
+
+
+def test_the_grid_says_what_a_method_and_what_a_recipe_buys(cells):
+    make_cell(cells / "toy_if10/long/ce/0", 0.7)
+    results = outcomes.read("toy", PLAN | {"recipes": ["plain", "long", "never"]}, cells)
+    text = report.markdown(results, [])
+    assert "| Recipe | Cross-entropy | BalPoE (3 experts) | A method buys |" in text
+    assert "| plain | 52.0 ± 2.8 | 63.0 ± 4.2 | +11.0 |" in text
+    assert "| long | 70.0 | - | - |" in text
+    assert "| A recipe buys | +18.0 | - |  |" in text
+    assert "A method buys" not in report.markdown(outcomes.read("toy", PLAN, cells), [])
+
+
+@pytest.mark.parametrize(
+    ("value", "sd", "said"), [(0.60, 0.005, "agrees"), (0.50, 0.005, "higher"), (0.80, None, "lower")]
+)
+def test_the_verdict_on_a_published_value(cells, tmp_path, value, sd, said):
+    """Ours is 63.0: standard error 1.0 over images, 4.2 over two seeds, so the limit is 1.96 * 3.2 = 6.2 points."""
+    known = outcomes.read_published(write_published(tmp_path, quoted(value=value, sd=sd, runs=5)))
+    row = find(table_of(cells, published=known), "balpoe")
+    assert report.verdict(row, None) == said
+    assert report.verdict(find(table_of(cells), "ce"), None) == "-"
+    text = report.markdown(outcomes.read("toy", PLAN, cells), known)
+    assert f"| {said} |" in text and "'Verdict': ours agrees" in text
 
 
 def test_best_row_is_bold_once_and_recipes_are_answered_apart(cells):
@@ -286,19 +329,27 @@ def test_best_row_is_bold_once_and_recipes_are_answered_apart(cells):
     results = outcomes.read("toy", PLAN | {"recipes": ["plain", "long"]}, cells)
     text = report.markdown(results, [])
     assert re.findall(r"\*\*(.+?)\*\*", text) == ["84.5 ± 0.7"]
-    assert text.count("has the highest accuracy") == 2
+    assert text.count("has the highest accuracy") == 2 and text.count("Highest on toy_if10: BalPoE") == 1
 
 
 def test_markdown_row(cells, published):
     results = outcomes.read("toy", PLAN, cells)
     text = report.markdown(results, outcomes.read_published(published))
     assert (
-        "| plain | BalPoE (3 experts) | none | 2 | 63.0 ± 4.2 | 73.0 ± 4.2 | - | 53.0 ± 4.2 | 37.0 ± 4.2 "
-        "| 1.500 ± 0.000 | 5.0 ± 0.0 | 62.0 ± 4.2 | 60.0 ± 0.5 (a) | +3.0 |"
+        "| plain | BalPoE (3 experts) | none | 2 | 63.0 ± 4.2 | 73.0 ± 4.2 | - | 53.0 ± 4.2 "
+        "| 1.500 ± 0.000 | 5.0 ± 0.0 | 62.0 ± 4.2 | 60.0 ± 0.5 (a) | +3.0 | agrees |"
     ) in text
     assert "- (a) BalPoE (3 experts), recipe plain: optimistic: epoch chosen on the test set; " in text
     assert "with prediction rebalancing, recipe plain (transductive: uses all test images at once): all 61.0" in text
-    assert report.signed(-0.04) == "0.0" and report.signed(0.06) == "+0.1"
+    assert differences.points(-0.0004) == "0.0" and differences.points(0.0006) == "+0.1"
+    assert (
+        "| plain | BalPoE (3 experts) | none | 25.0 ± 0.0 | 37.0 ± 4.2 | 25.0 ± 0.0 | 25.0 ± 0.0 | 25.0 ± 0.0 "
+        "| 0.250 ± 0.000 |"
+    ) in text
+    assert (
+        "- [toy_if10-plain-ce-0](cells/toy_if10/plain/ce/0): 50.00 %, "
+        "`dvc repro stages/dvc.yaml:evaluate-toy@toy_if10-plain-ce-0`"
+    ) in text
 
 
 # ---------------------------------------------------------------------------------------------- the gaps
@@ -364,6 +415,8 @@ def edit(path, change):
             "last.raw.accuracy: missing",
         ),
         (lambda m: m["best_on_held_out"].pop("epoch"), "best_on_held_out: no key 'epoch'"),
+        (lambda m: m["last"]["raw"].update(brier=2.5), "last.raw.brier: 2.5, but allowed is 0 to 2"),
+        (lambda m: m["last"]["raw"].pop("standard_error"), "last.raw.standard_error.accuracy: None is not a number"),
     ],
 )
 def test_wrong_metrics_name_the_file_and_the_key(cells, change, words):
@@ -380,6 +433,10 @@ def test_wrong_metrics_name_the_file_and_the_key(cells, change, words):
         ("classes.csv", "class,name\n0,cat\n", "no column 'train_images'"),
         ("classes.csv", "class,name,train_images,raw,aligned_on_train\n", "no rows"),
         ("history.csv", "epoch,loss\n1,2\n", "no column 'lr'"),
+        ("reliability.csv", "correction,low\nraw,0.1\n", "no column 'high'"),
+        ("right.csv", "correction,images,right\nraw,100,xy\n", "row 1, right: not hexadecimal digits"),
+        ("right.csv", "correction,images,right\nraw,100,ffff\n", "row 1, right: 16 places for 100 images"),
+        ("right.csv", f"correction,images,right\nraw,100,{'f' * 26}\n", "no row for 'aligned_on_train'"),
         (
             "history.csv",
             "epoch,lr,loss,train_accuracy,held_out_accuracy,test_accuracy\n1,0.1,2,x,,\n",
@@ -397,6 +454,15 @@ def test_wrong_files_are_named(cells, name, text, words):
 def test_cells_that_disagree_on_the_classes_are_refused(cells):
     make_cell(cells / "toy_if10/plain/balpoe/1", 0.5, names=("cat", "cow", "hen"))
     with pytest.raises(ValueError, match=r"balpoe/1/classes\.csv: other classes.*ce/0/classes\.csv"):
+        outcomes.read("toy", PLAN, cells)
+
+
+def test_cells_that_disagree_on_the_number_of_images_are_refused(cells):
+    path = cells / "toy_if10/plain/balpoe/1/right.csv"
+    kinds = ("raw", "aligned_on_train", "aligned_on_held_out")
+    rows = [{"correction": kind, "images": 16, "right": "ffff"} for kind in kinds]
+    files.write_csv(path, rows, evaluation.RIGHT)
+    with pytest.raises(ValueError, match=r"balpoe/1/right\.csv: another number of test images.*ce/0/right\.csv"):
         outcomes.read("toy", PLAN, cells)
 
 
@@ -464,7 +530,7 @@ def test_page_is_self_contained(cells, published, tmp_path):
     page = Page(raw.decode())
     assert len(raw) < 5_000_000
     assert not {"script", "iframe", "link", "object", "form"} & set(page.tags)
-    assert all(address.startswith(("data:image/png;base64,", "#")) for address in page.fetched)
+    assert all(address.startswith(("data:image/png;base64,", "#", "cells/")) for address in page.fetched)
     assert "url(" not in "".join(page.styles) and "@import" not in "".join(page.styles)
     assert "@media print" in "".join(page.styles)
     assert "https://example.org/p" in "".join(page.words)  # the source, as text
@@ -472,7 +538,8 @@ def test_page_is_self_contained(cells, published, tmp_path):
 
 def test_pictures_have_sizes_and_words(cells, published, tmp_path):
     page = Page(written(cells, published, tmp_path / "out")["report.html"].decode())
-    assert len(page.images) == 7  # accuracy, counts, two methods by class, other distributions, loss, held-out
+    # accuracy, counts, two methods by class, reliability, energies, other distributions, loss, held-out
+    assert len(page.images) == 9
     for image in page.images:
         data = base64.b64decode(image["src"].partition(",")[2])
         pixels = (int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big"))
@@ -489,6 +556,8 @@ def test_page_has_the_table_and_the_command_of_every_cell(cells, published, tmp_
     for seed in PLAN["seeds"]:
         for method in PLAN["methods"]:
             assert f"dvc repro stages/dvc.yaml:evaluate-toy@toy_if10-plain-{method}-{seed}" in words
+            for name in outcomes.CELL_FILES:
+                assert f'href="cells/toy_if10/plain/{method}/{seed}/{name}"' in found["report.html"].decode()
     for text in ("63.0 ± 4.2", "60.0 ± 0.5 (a)", "+3.0", "has the highest accuracy"):
         assert text in words.replace("\u00a0", " ")
 

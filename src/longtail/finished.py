@@ -29,6 +29,12 @@ MEASURES = {
     "balanced_error": "balanced error",
     "nll": "nll",
     "ece": "ece",
+    "top5": "top-5",
+    "geometric_mean": "geometric mean",
+    "worst_class": "worst class",
+    "macro_f1": "macro F1",
+    "brier": "brier",
+    "aurc": "aurc",
 }
 ALIGNED = (
     ("aligned_on_held_out", "aligned held-out"),
@@ -38,6 +44,7 @@ RELATIVES = {  # accuracy alone; the name says what has to be held against it
     "logit_adjusted": "logit adjustment",
     "rebalanced_on_test": "re-balanced: transductive",
 }
+CELL_FILES = ("metrics.json", "classes.csv", "history.csv", "distributions.csv", "reliability.csv", "right.csv")
 CURVES = ("lr", "loss", "train_accuracy", "held_out_accuracy", "test_accuracy")
 MACHINE = ("device", "cpu", "gpu", "threads")
 MACHINE_METRICS = {"seconds": "training seconds", "images_per_s": "images per s"}
@@ -182,7 +189,7 @@ def _unfinished(entries: Mapping[str, Mapping[str, Any]]) -> str:
 def _changed(root: Path, cell: Cell, entries: Mapping[str, Mapping[str, Any]]) -> str:
     """Why the cell's files are not those of the lock; empty when they are."""
     made = {path: md5 for entry in entries.values() for path, md5 in _files(entry, "outs")}
-    for name in ("history.csv", "metrics.json", "classes.csv"):
+    for name in CELL_FILES:
         path = f"{cell.folder}/{name}"
         if path not in made:
             return f"no stage of it in {LOCK} has the out {path}"

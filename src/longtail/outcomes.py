@@ -13,9 +13,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from longtail import files
 
-MEASURES = ("accuracy", "many", "medium", "few", "balanced_error", "nll", "ece")
+MEASURES = ("accuracy", "many", "medium", "few", "balanced_error", "nll", "ece", "top5", "geometric_mean",
+            "worst_class", "macro_f1", "brier", "ece_equal_mass", "mce", "classwise_ece", "aurc")  # fmt: skip
+HIGHEST = {"nll": math.inf, "brier": 2.0}  # of the others 1
+RESAMPLED = ("accuracy", "nll", "ece")  # those with a standard error over images
 GROUPS = ("many", "medium", "few")  # a group without classes is null
 RAW, ADJUSTED, ON_TRAIN, ON_HELD_OUT, REBALANCED = (
     "raw", "logit_adjusted", "aligned_on_train", "aligned_on_held_out", "rebalanced_on_test",
@@ -32,8 +37,10 @@ IN_PUBLISHED = {RAW: "none", REBALANCED: "prediction_rebalancing"}  # what data/
 CURVES = ("dataset", "recipe", "method", "seed", "epoch", "loss", "train_accuracy",
           "held_out_accuracy", "test_accuracy")  # fmt: skip
 CLASSES = ("dataset", "recipe", "method", "class", "name", "train_images", "n", RAW, "aligned",
-           "aligned_on")  # fmt: skip
+           "aligned_on", "energy_before", "energy_after")  # fmt: skip
 HISTORY = ("epoch", "lr", "loss", "train_accuracy", "held_out_accuracy", "test_accuracy")
+CELL_FILES = ("metrics.json", "classes.csv", "history.csv", "distributions.csv", "reliability.csv", "right.csv")
+RELIABILITY = ("correction", "low", "high", "images", "confidence", "accuracy")
 DISTRIBUTIONS = ("distribution", "images", "correction", "accuracy", "accuracy_sd", "known_prior", "known_prior_sd")
 PUBLISHED = ("dataset", "recipe", "method", "correction", "measure", "group", "value", "sd", "runs",
              "optimistic", "transductive", "same_recipe", "source", "note")  # fmt: skip
@@ -51,6 +58,8 @@ class Cell:
     classes: list[Row]
     history: list[Row]
     distributions: list[Row]
+    reliability: list[Row]
+    right: Mapping[str, np.ndarray]  # correction -> (N,), which test images are recognised
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,7 @@ def read_measures(block: Any, where: str) -> Mapping[str, Any]:
                 raise ValueError(f"{place}: missing")
             value = block[correction][measure]
             if not (value is None and measure in GROUPS):
-                number(value, place, math.inf if measure == "nll" else 1.0)
+                number(value, place, HIGHEST.get(measure, 1.0))
     return block
 
 
@@ -127,27 +136,52 @@ def read_table(path: Path, needed: Sequence[str], limits: Mapping[str, float]) -
 
 def read_cell(folder: Path) -> Cell | None:
     """One cell's files, or None when one of them is not there; ValueError when one is wrong."""
-    paths = [folder / name for name in ("metrics.json", "classes.csv", "history.csv", "distributions.csv")]
+    paths = [folder / name for name in CELL_FILES]
     if not all(path.is_file() for path in paths):
         return None
+    right = read_right(paths[5])
     metrics = files.read_json(paths[0])
     if not isinstance(metrics, Mapping) or "last" not in metrics:
         raise ValueError(f"{paths[0]}: no key 'last'")
+    last = read_measures(metrics["last"], f"{paths[0]}: last")
+    for correction in (key for key in CORRECTIONS if key in last):
+        for measure in RESAMPLED:
+            where = f"{paths[0]}: last.{correction}.standard_error.{measure}"
+            number(last[correction].get("standard_error", {}).get(measure), where)
+        if correction not in right:
+            raise ValueError(f"{paths[5]}: no row for {correction!r}, which is in {paths[0].name}")
     best = metrics.get("best_on_held_out")
     fractions = dict.fromkeys(CORRECTIONS, 1.0)
     classes = read_table(
         paths[1],
-        ("class", "name", "train_images", RAW, ON_TRAIN),
+        ("class", "name", "train_images", RAW, ON_TRAIN, "energy_before_train", "energy_after_train"),
         {"class": math.inf, "train_images": math.inf, **fractions},
     )
     limits = dict.fromkeys(HISTORY, math.inf) | {name: 1.0 for name in HISTORY if name.endswith("accuracy")}
     return Cell(
-        last=read_measures(metrics["last"], f"{paths[0]}: last"),
+        last=last,
         best=None if best is None else read_measures(best, f"{paths[0]}: best_on_held_out"),
         classes=classes,
         history=read_table(paths[2], HISTORY, limits),
         distributions=read_table(paths[3], DISTRIBUTIONS, {"images": math.inf} | dict.fromkeys(DISTRIBUTIONS[3:], 1.0)),
+        reliability=read_table(paths[4], RELIABILITY, dict.fromkeys(RELIABILITY[1:], 1.0) | {"images": math.inf}),
+        right=right,
     )
+
+
+def read_right(path: Path) -> dict[str, np.ndarray]:
+    """Which images are recognised (N,) after each correction; ValueError names the file and the row that is wrong."""
+    found = {}
+    for i, row in enumerate(read_table(path, ("correction", "images", "right"), {"images": math.inf}), 1):
+        try:
+            packed = np.frombuffer(bytes.fromhex(row["right"]), dtype=np.uint8)
+        except ValueError:
+            raise ValueError(f"{path}: row {i}, right: not hexadecimal digits") from None
+        images = int(row["images"] or 0)
+        if len(packed) != -(-images // 8):
+            raise ValueError(f"{path}: row {i}, right: {8 * len(packed)} places for {images} images")
+        found[row["correction"]] = np.unpackbits(packed, count=images).astype(bool)
+    return found
 
 
 def read(plan_name: str, plan: Mapping[str, Any], cells_dir: str | Path) -> Results:
@@ -170,6 +204,9 @@ def read(plan_name: str, plan: Mapping[str, Any], cells_dir: str | Path) -> Resu
         if class_list(cell) != class_list(cells[other]):
             paths = [folder(cells_dir, k) / "classes.csv" for k in (key, other)]
             raise ValueError(f"{paths[0]}: other classes or train_images than in {paths[1]}")
+        if len(cell.right[RAW]) != len(cells[other].right[RAW]):
+            paths = [folder(cells_dir, k) / "right.csv" for k in (key, other)]
+            raise ValueError(f"{paths[0]}: another number of test images than in {paths[1]}")
     if not cells:
         raise ValueError(f"{cells_dir}: no cell of plan {plan_name!r} has run ({len(missing)} in the plan)")
     return Results(plan_name, plan, cells, missing)
@@ -221,6 +258,7 @@ def rows(results: Results, published: Sequence[Row]) -> list[Row]:
 
     `<measure>_mean` and `<measure>_sd` are over the `n` seeds that have run, at the last epoch;
     `best_on_held_out_mean` and `_sd` are the accuracy at the epoch that was best on held-out images.
+    `<measure>_se_images`, for RESAMPLED, is the standard error over test images of one network (mean over seeds).
     `best_on_test_mean` and `_sd`, of raw rows, are the highest test accuracy in the history: optimistic.
     `accuracies` has the accuracy of each of the `seeds`. `published` (accuracy, all classes) stands in rows
     whose correction was published, `difference` is ours minus published in points, `flags` are its reservations.
@@ -247,6 +285,9 @@ def rows(results: Results, published: Sequence[Row]) -> list[Row]:
             for measure in MEASURES:
                 values = [cells[seed].last[correction][measure] for seed in seeds]
                 row[f"{measure}_mean"], row[f"{measure}_sd"] = mean_and_sd(values)
+            for measure in RESAMPLED:
+                errors = [cells[seed].last[correction]["standard_error"][measure] for seed in seeds]
+                row[f"{measure}_se_images"] = mean_and_sd(errors)[0]
             bests = [best[correction]["accuracy"] for seed in seeds
                      if (best := cells[seed].best) is not None and correction in best]  # fmt: skip
             row["best_on_held_out_n"] = len(bests)
@@ -266,12 +307,13 @@ def best_on_test(cell: Cell) -> float | None:
 def compare(row: Row, quoted: Row | None) -> Row:
     """The published columns of a row."""
     if quoted is None:
-        names = ("published", "published_sd", "difference", "source", "note")
+        names = ("published", "published_sd", "published_runs", "difference", "source", "note")
         return dict.fromkeys(names) | {"flags": []}
     mean = row["accuracy_mean"]
     return {
         "published": quoted["value"],
         "published_sd": quoted["sd"],
+        "published_runs": quoted["runs"],
         "difference": None if mean is None else 100 * (mean - quoted["value"]),
         "flags": flags(quoted),
         "source": quoted["source"],
@@ -319,14 +361,21 @@ def curves(results: Results) -> list[Row]:
 def classes(results: Results) -> list[Row]:
     """One row for each dataset x recipe x method x class, with the columns CLASSES: means over seeds.
 
-    `aligned` is on held-out images where every seed has them, else on training images: see `aligned_on`.
+    `aligned` is on held-out images where every seed has them, else on training images: see `aligned_on`. Energies
+    are those of the images that aligning was fitted on, minus their mean over classes, in nats.
     """
     table = []
     for (dataset, recipe, method), cells in results.groups():
         lists = [cell.classes for cell in cells.values()]
         held_out = all(ON_HELD_OUT in rows[0] for rows in lists)
         aligned = ON_HELD_OUT if held_out else ON_TRAIN
-        for same in zip(*lists, strict=True):
+        fitted_on = "held_out" if held_out else "train"
+        energies = {
+            f"energy_{when}": np.mean([_centred(rows, f"energy_{when}_{fitted_on}") for rows in lists], axis=0)
+            for when in ("before", "after")
+            if lists
+        }
+        for place, same in enumerate(zip(*lists, strict=True)):
             table.append(
                 {
                     "dataset": dataset,
@@ -338,7 +387,35 @@ def classes(results: Results) -> list[Row]:
                     "n": len(same),
                     RAW: mean_and_sd(row[RAW] for row in same)[0],
                     "aligned": mean_and_sd(row[aligned] for row in same)[0],
-                    "aligned_on": "held_out" if held_out else "train",
+                    "aligned_on": fitted_on,
+                    **{name: float(values[place]) for name, values in energies.items()},
+                }
+            )
+    return table
+
+
+def _centred(rows: Sequence[Row], column: str) -> np.ndarray:
+    """A column of numbers minus its mean."""
+    values = np.array([float(row[column]) for row in rows])
+    return values - values.mean()
+
+
+def reliability(results: Results, correction: str = RAW) -> list[Row]:
+    """One row for each dataset x recipe x method x bin of confidence: the bins of all seeds together."""
+    table = []
+    for (dataset, recipe, method), cells in results.groups():
+        bins: dict[float, list[Row]] = {}
+        for cell in cells.values():
+            for row in cell.reliability:
+                if row["correction"] == correction:
+                    bins.setdefault(row["low"], []).append(row)
+        for low, same in sorted(bins.items()):
+            images = sum(row["images"] for row in same)
+            table.append(
+                {"dataset": dataset, "recipe": recipe, "method": method, "low": low, "images": images}
+                | {
+                    column: sum(row["images"] * row[column] for row in same) / images
+                    for column in ("confidence", "accuracy")
                 }
             )
     return table

@@ -248,6 +248,54 @@ def under_shift(rows: Sequence[Row], *, recipe: str, names: Mapping[str, str], c
         return picture(axis, alt, f"Broken lines: test prior known. Recipe {recipe}.")
 
 
+def aligned_energies(
+    rows: Sequence[Row], *, recipe: str, names: Mapping[str, str], colours: Mapping[str, str]
+) -> Figure:
+    """Free energy of each class against its training images, before (full) and after (broken) aligning."""
+    with axes() as axis:
+        said = []
+        for method in dict.fromkeys(row["method"] for row in rows):
+            mine = sorted((row for row in rows if row["method"] == method), key=lambda row: row["train_images"])
+            images = [max(row["train_images"], 1) for row in mine]
+            for column, style in (("energy_before", "-"), ("energy_after", (0, (4, 2)))):
+                values = [row[column] for row in mine]
+                axis.plot(images, _smooth(values) if len(values) >= MANY_CLASSES else values, linestyle=style,
+                          color=colours[method], linewidth=1.5,
+                          label=names[method] if column == "energy_before" else None)  # fmt: skip
+            before, after = ([row[f"energy_{when}"] for row in mine] for when in ("before", "after"))
+            spans = (max(before) - min(before), max(after) - min(after))
+            said.append(f"{names[method]} {spans[0]:.1f} to {spans[1]:.1f}")
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set(title="Free energy", xlabel="training images of the class", ylabel="free energy − mean (nats)")
+        axis.legend(loc="upper right")
+        on = rows[0]["aligned_on"].replace("_", "-")
+        alt = f"Free energy of each class, recipe {recipe}; span before and after aligning, in nats: {', '.join(said)}."
+        return picture(axis, alt, f"Broken lines: after aligning, on {on} images. Recipe {recipe}.")
+
+
+def reliability(rows: Sequence[Row], *, recipe: str, names: Mapping[str, str], colours: Mapping[str, str]) -> Figure:
+    """Accuracy against confidence of the raw logits, a dot a bin {method, images, confidence, accuracy}."""
+    with axes() as axis:
+        axis.plot([0, 100], [0, 100], color="#9a9a9a", linewidth=1, linestyle=(0, (2, 2)))
+        said = []
+        for method in dict.fromkeys(row["method"] for row in rows):
+            mine = [row for row in rows if row["method"] == method]
+            total = sum(row["images"] for row in mine)
+            axis.plot([100 * row["confidence"] for row in mine], [100 * row["accuracy"] for row in mine],
+                      color=colours[method], linewidth=1.2, label=names[method])  # fmt: skip
+            axis.scatter([100 * row["confidence"] for row in mine], [100 * row["accuracy"] for row in mine],
+                         s=[6 + 220 * row["images"] / total for row in mine], color=colours[method], alpha=0.5,
+                         linewidths=0)  # fmt: skip
+            over = sum(row["images"] * (row["confidence"] - row["accuracy"]) for row in mine) / total
+            said.append(f"{names[method]} {100 * over:+.1f} points")
+        axis.set(title="Reliability", xlabel="confidence (%)", ylabel="test accuracy (%)", xlim=(0, 102), ylim=(0, 102))
+        axis.legend(loc="upper left")
+        alt = f"Accuracy against confidence, recipe {recipe}; mean confidence minus accuracy: {', '.join(said)}."
+        return picture(axis, alt, f"Raw logits; area of a dot: share of the images. Below the diagonal: too confident. "
+                                  f"Recipe {recipe}.")  # fmt: skip
+
+
 def energies(cells: Mapping[str, Sequence[Mapping[str, str]]]) -> bytes:
     """A PNG: free energy of each class against its training images, a row a method, a column a reading.
 

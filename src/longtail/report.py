@@ -3,15 +3,14 @@
 Percent and points are in text only; the numbers behind it, and what they mean, are those of longtail.outcomes.
 """
 
-import math
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-from scipy.special import stdtrit
 
-from longtail import files, plots, under_shift
+from longtail import differences, files, plots, under_shift
+from longtail.differences import BASELINE, points
 from longtail.outcomes import (
     ADJUSTED,
     ALIGNED,
@@ -32,6 +31,7 @@ from longtail.outcomes import (
     flags,
     read,
     read_published,
+    reliability,
     rows,
     summary,
 )
@@ -42,11 +42,24 @@ METHODS = {
     "gala": "GALA (released form)",
     "balpoe": "BalPoE (3 experts)",
 }
-BASELINE = "ce"
-CONFIDENCE = 0.95
-HEADER = ("Recipe", "Method", "Correction", "Seeds", "All", "Many", "Medium", "Few",
-          "Balanced error", "NLL", "ECE", "Best on held-out", "Best on test", "Published", "Difference")  # fmt: skip
-OPTIONAL = HEADER[-4:]  # left out where a data set has none
+HEADER = ("Recipe", "Method", "Correction", "Seeds", "All", "Many", "Medium", "Few", "NLL", "ECE",
+          "Best on held-out", "Best on test", "Published", "Difference", "Verdict")  # fmt: skip
+OPTIONAL = HEADER[-5:]  # left out where a data set has none
+MORE = {
+    "top5": "Top-5", "balanced_error": "Balanced error", "geometric_mean": "Geometric mean",
+    "worst_class": "Worst class", "macro_f1": "Macro F1", "brier": "Brier", "ece_equal_mass": "ECE, equal mass",
+    "classwise_ece": "Class-wise ECE", "mce": "MCE", "aurc": "AURC",
+}  # fmt: skip
+MORE_READING = (
+    "In percent, Brier (0 to 2) excepted; mean ± sample standard deviation over seeds. docs/measures.md defines each. "
+    "Geometric mean and worst class are of class accuracies; AURC is the error when the least confident are left out, "
+    "over all shares left out; lower is better for balanced error, Brier, the calibration errors and AURC."
+)
+GRID_READING = (
+    "Accuracy of the raw logits in percent. To the right: the best method minus cross-entropy with the same recipe, in "
+    "points, which is what a method buys. Below: the best recipe minus the worst one with the same method, which is "
+    "what a recipe buys. What has not run is a dash."
+)
 READING = (
     "Accuracy on the balanced test images at the last epoch, for all classes and for those with many, a "
     "medium number of and few training images; every column in percent except NLL (nats) and the difference "
@@ -65,10 +78,32 @@ BEST_ON_TEST = (
     "'Best on test': the highest test accuracy of a seed's epochs, at which the history looked. Optimistic, for it is "
     "chosen on the test images; here to show what that choice is worth. The last epoch is the result."
 )
-SAME_SUBSET = (
-    "The spread is over training seeds only: all runs share one training subset and one test set, so it says "
-    "nothing about other subsets or other test images."
+VERDICT = (
+    "'Verdict': ours agrees with the published accuracy when it is within the 95 % interval of both (test images, our "
+    "seeds, their runs where known); the notes say where it is not like with like."
 )
+SAME_SUBSET = (
+    "That spread is over training seeds only; 'How sure' below adds that over test images. All runs share one training "
+    "subset, so nothing here speaks of others."
+)
+
+
+CELLS_READING = (
+    "Accuracy of the raw logits of each at its last epoch, its files (measures, history, accuracy by class, "
+    "reliability, which images are right), and the command that makes it again. `longtail track` gives each a run in "
+    "MLflow, with params, commit and machine."
+)
+
+
+class Table(NamedTuple):
+    """A table in text: the first `left` columns are words; `folded` ones open on a click."""
+
+    title: str
+    header: list[str]
+    lines: list[list[str]]
+    left: int
+    note: str
+    folded: bool = False
 
 
 class Answer(NamedTuple):
@@ -79,31 +114,54 @@ class Answer(NamedTuple):
     text: str
 
 
-def least_difference(table: Sequence[Row], n_a: int, n_b: int) -> tuple[float, float] | None:
-    """Pooled sd of accuracy over the methods, and the smallest difference of two means it can settle.
-
-    The second is the half-width of Student's 95 % interval for two means of n_a and n_b seeds, with the
-    methods' spreads pooled (equal variance assumed). None when no method has two seeds.
-    """
-    spread = [(row["n"] - 1, row["accuracy_sd"]) for row in table if row["n"] > 1]
-    df = sum(free for free, _ in spread)
-    if not df:
-        return None
-    pooled = math.sqrt(sum(free * sd**2 for free, sd in spread) / df)
-    quantile = float(stdtrit(df, (1 + CONFIDENCE) / 2))
-    return pooled, quantile * pooled * math.sqrt(1 / n_a + 1 / n_b)
-
-
-def answers(table: Sequence[Row]) -> list[Answer]:
-    """What the numbers say, for each data set and recipe; methods are compared within a recipe only."""
-    pairs = dict.fromkeys((row["dataset"], row["recipe"]) for row in table)
-    return [
-        Answer(*pair, answer(*pair, [row for row in table if (row["dataset"], row["recipe"]) == pair]))
-        for pair in pairs
-    ]
+def answers(results: Results, table: Sequence[Row]) -> list[Answer]:
+    """What the numbers say: for each data set the highest of all, then for each recipe its methods."""
+    said = []
+    for dataset in dict.fromkeys(row["dataset"] for row in table):
+        mine = [row for row in table if row["dataset"] == dataset]
+        recipes = dict.fromkeys(row["recipe"] for row in mine)
+        if any(row["n"] for row in mine):
+            said.append(Answer(dataset, "", winner(results, dataset, mine)))
+        for recipe in recipes:
+            rows_ = [row for row in mine if row["recipe"] == recipe]
+            said.append(Answer(dataset, recipe, answer(results, dataset, recipe, rows_)))
+    return said
 
 
-def answer(dataset: str, recipe: str, table: Sequence[Row]) -> str:
+def winner(results: Results, dataset: str, table: Sequence[Row]) -> str:
+    """The highest accuracy over all recipes, methods and corrections, the next method, and how to see it again."""
+    ranked = sorted(
+        (row for row in table if row["n"] and row["correction"] != REBALANCED), key=lambda row: -row["accuracy_mean"]
+    )
+    first = ranked[0]
+    text = f"Highest on {dataset}: {described(first)}, {percent(first)} ({seeds_text([first])})."
+    second = next((row for row in ranked if row["method"] != first["method"]), None)
+    if second is not None:
+        text += f" The next method is {described(second)}, {percent(second)} ({seeds_text([second])}): "
+        text += lead_text(differences.compared(results, first, second, differences.spread_of(table)))
+    name = "-".join((dataset, first["recipe"], first["method"]))
+    return f"{text} Again: longtail run {results.plan_name} --only '{name}-*'"
+
+
+def described(row: Row) -> str:
+    """`BalPoE (3 experts), recipe fast, logit adjustment`."""
+    text = f"{method_name(row['method'])}, recipe {row['recipe']}"
+    return text if row["correction"] == RAW else f"{text}, {CORRECTIONS[row['correction']]}"
+
+
+def lead_text(lead: differences.Difference) -> str:
+    """How far a lead can be trusted: `a lead of 1.2 points (95 % interval 0.3 to 2.1 over ...): settled.`"""
+    over = "test images and seeds" if lead.seeds else "test images alone, for one seed says nothing of other trainings"
+    settled = "settled" if lead.low > 0 else "not settled"
+    if lead.low > 0 and not lead.seeds:
+        settled = "settled for these networks, not for the methods"
+    return (
+        f"a lead of {100 * lead.value:.1f} points (95 % interval {100 * lead.low:.1f} to {100 * lead.high:.1f} over "
+        f"{over}): {settled}."
+    )
+
+
+def answer(results: Results, dataset: str, recipe: str, table: Sequence[Row]) -> str:
     """The answer for one data set and recipe, in sentences."""
     raw = [row for row in table if row["correction"] == RAW and row["n"]]
     ranked = sorted(raw, key=lambda row: -row["accuracy_mean"])  # stable: ties stay in the plan's order
@@ -124,7 +182,9 @@ def answer(dataset: str, recipe: str, table: Sequence[Row]) -> str:
         above = first["accuracy_mean"] - base["accuracy_mean"]
         text += f" and {100 * above:.1f} above {method_name(BASELINE)} ({percent(base)})"
     text += f"; {seeds_text(raw)} for each method."
-    parts = [spread_text(raw, first, second, lead), *aligned_text(table, raw), *published_text(raw)]
+    sure = differences.compared(results, first, second, differences.spread_of(raw))
+    said = f"Over {method_name(second['method'])} it is {lead_text(sure)}"
+    parts = [said, *aligned_text(table, raw), *published_text(raw)]
     return " ".join([text, *parts])
 
 
@@ -134,19 +194,6 @@ def seeds_text(table: Sequence[Row]) -> str:
     return f"{low} seed{'s' if low > 1 else ''}" if low == high else f"{low} to {high} seeds"
 
 
-def spread_text(raw: Sequence[Row], first: Row, second: Row, lead: float) -> str:
-    """How far the lead can be trusted."""
-    limit = least_difference(raw, first["n"], second["n"])
-    if limit is None:
-        return "One seed shows no spread, so no difference is settled."
-    verdict = "within" if lead <= limit[1] else "beyond"
-    return (
-        f"The standard deviation over seeds, pooled over methods, is {100 * limit[0]:.1f} points; with this "
-        f"few seeds a difference below about {100 * limit[1]:.1f} points is not settled (Student's 95 % "
-        f"interval), and the lead over {method_name(second['method'])} is {verdict} that."
-    )
-
-
 def aligned_text(table: Sequence[Row], raw: Sequence[Row]) -> list[str]:
     """What alignment changes, on held-out images where they exist."""
     kinds = [key for key in ALIGNED if any(row["correction"] == key for row in table)]
@@ -154,10 +201,10 @@ def aligned_text(table: Sequence[Row], raw: Sequence[Row]) -> list[str]:
         return []
     before = {row["method"]: row["accuracy_mean"] for row in raw}
     aligned = [row for row in table if row["correction"] == kinds[0]]
-    gains = [100 * (row["accuracy_mean"] - before[row["method"]]) for row in aligned]
+    gains = [row["accuracy_mean"] - before[row["method"]] for row in aligned]
     best = max(aligned, key=lambda row: row["accuracy_mean"])
     return [
-        f"Logits {CORRECTIONS[kinds[0]]} change accuracy by {signed(min(gains))} to {signed(max(gains))} "
+        f"Logits {CORRECTIONS[kinds[0]]} change accuracy by {points(min(gains))} to {points(max(gains))} "
         f"points; the highest is then {method_name(best['method'])}, {percent(best)}."
     ]
 
@@ -167,7 +214,7 @@ def published_text(raw: Sequence[Row]) -> list[str]:
     known = [row for row in raw if row["difference"] is not None]
     if not known:
         return []
-    said = [f"{method_name(row['method'])} {signed(row['difference'])}" for row in known]
+    said = [f"{method_name(row['method'])} {points(row['difference'] / 100)}" for row in known]
     hint = "; not like with like, see the notes" if any(row["flags"] for row in known) else ""
     return [f"Ours minus published, in points: {', '.join(said)}{hint}."]
 
@@ -178,12 +225,6 @@ def published_text(raw: Sequence[Row]) -> list[str]:
 def method_name(key: str) -> str:
     """A method's name for people."""
     return METHODS.get(key, key)
-
-
-def signed(points: float) -> str:
-    """A difference in points, with its sign; what rounds to zero has none."""
-    text = f"{points:+.1f}"
-    return "0.0" if text in ("-0.0", "+0.0") else text
 
 
 def spread(mean: float | None, sd: float | None, scale: float = 100, digits: int = 1) -> str:
@@ -210,8 +251,24 @@ def footnote(row: Row) -> str:
     return f"{method_name(row['method'])}{corrected}, recipe {row['recipe']}: {'; '.join(parts)}."
 
 
+def verdict(row: Row, pooled: differences.Spread | None) -> str:
+    """Ours against the published accuracy: `agrees` within the 95 % interval of both, else `higher` or `lower`.
+
+    The variance is that over test images, plus that over our seeds and over their runs, where it is known; with one
+    seed of ours, `pooled` is that of the recipe's other methods.
+    """
+    if row["difference"] is None:
+        return "-"
+    ours = row["accuracy_sd"] ** 2 if row["accuracy_sd"] is not None else pooled.variance if pooled else 0.0
+    theirs = (row["published_sd"] or 0.0) ** 2 / (row["published_runs"] or 1)
+    limit = 1.96 * (row["accuracy_se_images"] ** 2 + ours / row["n"] + theirs) ** 0.5
+    apart = row["difference"] / 100
+    return "agrees" if abs(apart) <= limit else "higher" if apart > 0 else "lower"
+
+
 def section(results: Results, table: Sequence[Row], published: Sequence[Row], dataset: str) -> Row:
-    """All of one data set in text: `header`, `lines` (cells, bold, raw), `notes` (letter, text), lists of sentences."""
+    """All of one data set in text: `header`, `lines` (cells, bold, raw, seeds), `notes` (letter, text), lists of
+    sentences, and the other tables by name."""
     mine = [row for row in table if row["dataset"] == dataset]
     ranked = [row for row in mine if row["n"] and row["correction"] != REBALANCED]
     best = max((row["accuracy_mean"] for row in ranked), default=None)
@@ -222,19 +279,21 @@ def section(results: Results, table: Sequence[Row], published: Sequence[Row], da
         if row["published"] is not None:
             notes.append((letter(len(notes)), footnote(row)))
             quoted += f" ({notes[-1][0]})"
+        pooled = differences.spread_of([other for other in mine if other["recipe"] == row["recipe"]])
         cells = [
             row["recipe"],
             method_name(row["method"]),
             CORRECTIONS[row["correction"]],
             str(row["n"]) if row["n"] == row["planned"] else f"{row['n']} of {row['planned']}",
             spread(row["accuracy_mean"], row["accuracy_sd"]) if row["n"] else "not run yet",
-            *(spread(row[f"{name}_mean"], row[f"{name}_sd"]) for name in (*GROUPS, "balanced_error")),
+            *(spread(row[f"{name}_mean"], row[f"{name}_sd"]) for name in GROUPS),
             spread(row["nll_mean"], row["nll_sd"], 1, 3),
             spread(row["ece_mean"], row["ece_sd"]),
             spread(row["best_on_held_out_mean"], row["best_on_held_out_sd"]),
             spread(row["best_on_test_mean"], row["best_on_test_sd"]),
             quoted,
-            "-" if row["difference"] is None else signed(row["difference"]),
+            "-" if row["difference"] is None else points(row["difference"] / 100),
+            verdict(row, pooled),
         ]
         bold = row in ranked and row["accuracy_mean"] == best
         lines.append({"cells": cells, "bold": bold, "raw": row["correction"] == RAW})
@@ -250,16 +309,69 @@ def section(results: Results, table: Sequence[Row], published: Sequence[Row], da
     names = {method: method_name(method) for method in results.plan["methods"]}
     shift = under_shift.table(under_shift.rows(results, dataset), published, dataset, names)
     explained = [text for key, text in FITTED.items() if key in used]
+    explained += [BEST_ON_TEST] if "Best on test" in header else []
+    explained += [VERDICT] if "Verdict" in header else []
     return {
         "dataset": dataset,
         "header": header,
         "lines": lines,
         "notes": notes,
-        "explained": explained + ([BEST_ON_TEST] if "Best on test" in header else []),
+        "explained": explained,
         "also": also_published(results.plan, [row for row in published if row not in shift["quoted"]], dataset, shown),
-        "shift": shift,
+        "tables": {
+            "methods": sure(results, [row for row in mine if row["correction"] == RAW], dataset, names),
+            "corrections": sure(results, mine, dataset, names),
+            "grid": grid(mine, results.plan, names),
+            "more": more(mine),
+            "shift": Table("Other test distributions", shift["header"], shift["lines"], 3, under_shift.READING),
+        },
         "missing": missing(results, dataset),
     }
+
+
+def sure(results: Results, mine: Sequence[Row], dataset: str, names: Mapping[str, str]) -> Table:
+    """Intervals of the differences within each recipe: of the methods, or of these with corrections."""
+    text = differences.texts(differences.lines(results, mine, dataset), names)
+    corrected = any(row["correction"] != RAW for row in mine)
+    title = "How sure, corrections included" if corrected else "How sure"
+    return Table(title, text["header"], text["lines"], 3, differences.READING, folded=corrected)
+
+
+def grid(mine: Sequence[Row], plan: Mapping[str, Any], names: Mapping[str, str]) -> Table:
+    """Recipe x method: what each buys. No lines when fewer than two recipes have run."""
+    found = {(row["recipe"], row["method"]): row for row in mine if row["correction"] == RAW and row["n"]}
+    recipes = [recipe for recipe in plan["recipes"] if any(key[0] == recipe for key in found)]
+    header = ["Recipe", *names.values(), "A method buys"]
+    if len(recipes) < 2:
+        return Table("Recipe and method", header, [], 1, GRID_READING)
+    lines = []
+    for recipe in recipes:
+        means = {method: found[recipe, method]["accuracy_mean"] for method in names if (recipe, method) in found}
+        above = max(means.values()) - means[BASELINE] if BASELINE in means and len(means) > 1 else None
+        cells = [
+            spread(found[recipe, method]["accuracy_mean"], found[recipe, method]["accuracy_sd"])
+            if method in means else "-" for method in names
+        ]  # fmt: skip
+        lines.append([recipe, *cells, "-" if above is None else points(above)])
+    bought = []
+    for method in names:
+        values = [found[recipe, method]["accuracy_mean"] for recipe in recipes if (recipe, method) in found]
+        bought.append(points(max(values) - min(values)) if len(values) > 1 else "-")
+    return Table("Recipe and method", header, [*lines, ["A recipe buys", *bought, ""]], 1, GRID_READING)
+
+
+def more(mine: Sequence[Row]) -> Table:
+    """The measures that the first table has no room for."""
+    lines = [
+        [row["recipe"], method_name(row["method"]), CORRECTIONS[row["correction"]]]
+        + [
+            spread(row[f"{key}_mean"], row[f"{key}_sd"], 1, 3) if key == "brier"
+            else spread(row[f"{key}_mean"], row[f"{key}_sd"]) for key in MORE
+        ]
+        for row in mine if row["n"]
+    ]  # fmt: skip
+    header = ["Recipe", "Method", "Correction", *MORE.values()]
+    return Table("More measures", header, lines, 3, MORE_READING, folded=True)
 
 
 def also_published(plan: Mapping[str, Any], published: Sequence[Row], dataset: str, shown: Set[Any]) -> list[str]:
@@ -296,6 +408,16 @@ def missing(results: Results, dataset: str) -> list[str]:
     ]
 
 
+def cell_folder(key: Key) -> str:
+    """Where a cell's files are, seen from the report."""
+    return f"cells/{'/'.join(map(str, key))}"
+
+
+def cell_accuracy(results: Results, key: Key) -> str:
+    """Of the raw logits at the last epoch, in percent with two decimals."""
+    return f"{100 * results.cells[key].last[RAW]['accuracy']:.2f}"
+
+
 def command(plan_name: str, key: Key) -> str:
     """The command that makes the numbers of one cell again."""
     return f"dvc repro stages/dvc.yaml:evaluate-{plan_name}@{'-'.join(map(str, key))}"
@@ -308,30 +430,41 @@ def sections(results: Results, published: Sequence[Row]) -> list[Row]:
 
 
 def markdown(results: Results, published: Sequence[Row]) -> str:
-    """The report as Markdown: the answers, then a table and its notes for each data set."""
-    said = answers(rows(results, published))
+    """The report as Markdown: the answers, then the tables and their notes for each data set."""
+    said = answers(results, rows(results, published))
     blocks = [f"# Results of plan {results.plan_name}", f"{READING} {SAME_SUBSET}"]
     for part in sections(results, published):
         blocks.append(f"## {part['dataset']}")
         blocks += [a.text for a in said if a.dataset == part["dataset"]]
-        lines = [part["header"], ["---"] * 4 + ["---:"] * (len(part["header"]) - 4)]
+        lines = []
         for line in part["lines"]:
-            cells = [cell.replace("|", "\\|") for cell in line["cells"]]
+            cells = [*line["cells"]]
             cells[4] = f"**{cells[4]}**" if line["bold"] else cells[4]
             lines.append(cells)
-        blocks.append("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
+        blocks.append(markdown_table(part["header"], lines, 4))
         notes = [f"({mark}) {text}" for mark, text in part["notes"]]
         blocks.append("\n".join(f"- {text}" for text in [*part["explained"], *notes]))
-        if part["shift"]["lines"]:
-            header = part["shift"]["header"]
-            lines = [header, ["---"] * 3 + ["---:"] * (len(header) - 3), *part["shift"]["lines"]]
-            blocks += ["### Other test distributions", under_shift.READING]
-            blocks.append("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
+        for table in part["tables"].values():
+            if table.lines:
+                blocks += [f"### {table.title}", table.note, markdown_table(table.header, table.lines, table.left)]
         if part["also"]:
             blocks.append("Also published:\n\n" + "\n".join(f"- {text}" for text in part["also"]))
         if part["missing"]:
             blocks.append("\n".join(f"- {text}" for text in part["missing"]))
+        keys = [key for key in results.cells if key[0] == part["dataset"]]
+        blocks += ["### Cells", CELLS_READING]
+        blocks.append("\n".join(
+            f"- [{'-'.join(map(str, key))}]({cell_folder(key)}): {cell_accuracy(results, key)} %, "
+            f"`{command(results.plan_name, key)}`" for key in keys
+        ))  # fmt: skip
     return "\n\n".join(blocks) + "\n"
+
+
+def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]], left: int) -> str:
+    """A table of which the first `left` columns are words, the others numbers."""
+    rules = ["---"] * left + ["---:"] * (len(header) - left)
+    escaped = [[cell.replace("|", "\\|") for cell in cells] for cells in (header, rules, *lines)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in escaped)
 
 
 def figures(results: Results, table: Sequence[Row], dataset: str) -> dict[str, list[plots.Figure]]:
@@ -343,7 +476,9 @@ def figures(results: Results, table: Sequence[Row], dataset: str) -> dict[str, l
     by_class = [row for row in classes(results) if row["dataset"] == dataset]
     by_epoch = [row for row in curves(results) if row["dataset"] == dataset]
     shifted = under_shift.figures(under_shift.rows(results, dataset), style)
-    drawn: dict[str, list[plots.Figure]] = {"": [], "Accuracy by class": [], "Shift": shifted, "Training": []}
+    drawn: dict[str, list[plots.Figure]] = {
+        "": [], "Accuracy by class": [], "Calibration and energies": [], "Shift": shifted, "Training": [],
+    }  # fmt: skip
     if not by_class:
         return drawn
     known = [row[column] for row in by_class for column in (RAW, "aligned") if row[column] is not None]
@@ -361,6 +496,9 @@ def figures(results: Results, table: Sequence[Row], dataset: str) -> dict[str, l
             drawn["Accuracy by class"].append(
                 plots.by_class(own, behind, lowest=min(known, default=0.0), recipe=recipe, **style)
             )
+        bins = [row for row in reliability(results) if (row["dataset"], row["recipe"]) == (dataset, recipe)]
+        drawn["Calibration and energies"].append(plots.reliability(bins, recipe=recipe, **style))
+        drawn["Calibration and energies"].append(plots.aligned_energies(class_rows, recipe=recipe, **style))
         epoch_rows = [row for row in by_epoch if row["recipe"] == recipe]
         for measure in ("loss", "held_out_accuracy"):
             if any(row[measure] is not None for row in epoch_rows):
@@ -390,17 +528,22 @@ def html(results: Results, published: Sequence[Row]) -> str:
     )
     parts = sections(results, published)
     for part in parts:
-        part["answers"] = [a.text for a in answers(table) if a.dataset == part["dataset"]]
+        part["answers"] = [a.text for a in answers(results, table) if a.dataset == part["dataset"]]
         part["figures"] = figures(results, table, part["dataset"])
         keys = [key for key in results.cells if key[0] == part["dataset"]]
-        part["commands"] = [command(results.plan_name, key) for key in keys]
+        part["cells"] = [
+            {"name": "-".join(map(str, key)), "folder": cell_folder(key), "command": command(results.plan_name, key),
+             "accuracy": cell_accuracy(results, key),
+             "epoch": int(results.cells[key].last["epoch"])}
+            for key in keys
+        ]  # fmt: skip
     planned = len(results.cells) + len(results.missing)
     return environment.from_string(source).render(
         plan_name=results.plan_name,
         done=len(results.cells),
         planned=planned,
         reading=READING,
-        reading_shift=under_shift.READING,
+        cells_reading=CELLS_READING,
         same_subset=SAME_SUBSET,
         sections=parts,
     )
