@@ -47,6 +47,21 @@ def world(prior, samples: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return -distance / 2 + np.log(prior), labels
 
 
+def test_logits_that_know_their_labels_by_heart_hide_the_bias():
+    """Why training logits misjudge the tail, docs/posthoc.md: in the limit of perfect memory, balanced weights see the
+    same energy in each class and shift nothing; uniform weights see the prior; held-out logits see what is left."""
+    prior = np.array([0.7, 0.2, 0.1])
+    labels = np.repeat([0, 1, 2], [70, 20, 10])
+    by_heart = 50.0 * np.eye(3)[labels]
+    balanced = EnergyAligning("normalized", "balanced").fit(by_heart, labels).shift_
+    np.testing.assert_allclose(balanced, 0, atol=1e-6)
+    uniform = EnergyAligning("normalized", "uniform").fit(by_heart, labels).shift_
+    np.testing.assert_allclose(uniform, -np.log(prior) + np.log(prior).mean(), atol=1e-6)
+    logits, fresh = world(prior, 20_000)
+    held_out = EnergyAligning("normalized", "balanced").fit(logits, fresh).shift_
+    assert held_out[2] - held_out[0] > 0.3
+
+
 def means(classes: int) -> np.ndarray:
     angle = 2 * np.pi * np.arange(classes) / classes
     return np.stack([np.cos(angle), np.sin(angle)], 1)

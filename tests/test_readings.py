@@ -98,6 +98,26 @@ def test_pooled_is_the_mean_and_the_best_on_held_out_comes_first(tmp_path):
     first = max(rows[:1] + rows[2:], key=lambda row: row["held_out"])
     assert table[0]["held_out"] == pytest.approx(0.75 * first["held_out"])
     assert table[-1]["note"] == "why" and table[-1]["test"] is None
+    best = next(row for row in table if not row["flags"])
+    assert best["behind"] is None and table[-1]["behind"] is None
+    second = next(row for row in table if row is not best and row["held_out"] is not None and not row["flags"])
+    assert second["behind"] == pytest.approx(best["held_out"] - second["held_out"])
+    # the other cell is half of this one, so the two distances are d and d/2, their standard error d/4
+    assert second["behind_se"] == pytest.approx(second["behind"] / 3)
+
+
+def test_the_slope_of_energies_by_hand():
+    def rows(slope, offset):
+        return [
+            {"reading": "normalized", "logits": kind, "train_images": str(n),
+             "energy": str(k * slope * np.log(n) + offset)}
+            for kind, k in (("train", 1), ("test", 2)) for n in (5, 50, 500)
+        ]  # fmt: skip
+
+    (found,) = readings.steepness({"ce": [rows(-1.0, 0.3), rows(-0.5, 2.0)]})
+    assert found == {
+        "method": "ce", "reading": "normalized", "train": pytest.approx(-0.75), "test": pytest.approx(-1.5),
+    }  # fmt: skip
 
 
 def test_energies_are_those_of_the_splits_and_equal_after_aligning_on_them(tmp_path):
@@ -127,6 +147,7 @@ def test_the_plan_s_page_says_who_won_and_names_a_cell_that_has_not_run(tmp_path
     inductive = [row for row in rows if row["held_out"] is not None and not row["flags"]]
     best = max(inductive, key=lambda row: row["held_out"])
     assert f"Best on held-out: **{readings.described(best)}**, {100 * best['held_out']:.1f} %" in page
+    assert "| Method | Reading | train | held-out | test |" in page
     assert "| prediction re-balancing | test |" in page and "| transductive |" in page
     assert page.count("own_samples needs a sample of every class") == 2 * 3  # both weights; all cells and two methods
     first = (tmp_path / "out/energies.png").read_bytes()

@@ -93,6 +93,8 @@ def main() -> None:
     one.add_argument("--only", default="*", help="pattern of <dataset>-<recipe>-<method>-<seed>, e.g. '*-gala-0'")
     one = commands.add_parser("track", help="mirror the result files into MLflow; twice does nothing more")
     one.add_argument("plan", nargs="*", help="plans (default: all that have run)")
+    one = commands.add_parser("verify", help="are the committed results those of the committed code? trains nothing")
+    one.add_argument("plan", nargs="*", help="plans (default: all that have a table)")
     for name, text in (
         ("export", "write a trained cell as a file that needs no code of ours: .onnx or .pt2"),
         ("register", "put a trained cell into MLflow's model registry, ready to be served"),
@@ -126,6 +128,14 @@ def main() -> None:
         if args.command == "check":
             schema.load()
             print("params.yaml fits its schema")
+        if args.command == "verify":
+            from longtail import verify  # two seconds, for the pictures
+
+            plans = schema.load()["plans"]
+            chosen = args.plan or verify.with_results(".", plans)
+            wrong = verify.verify(".", plans, chosen)
+            print("\n".join(wrong) or f"as committed: {', '.join(chosen)}")
+            sys.exit(1 if wrong else 0)
         if args.command == "track":
             from longtail import tracking  # two seconds: not for the other commands
 

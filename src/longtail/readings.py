@@ -134,16 +134,27 @@ def energies(predictions: str) -> list[dict[str, Any]]:
 
 
 def pooled(cells: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Means over cells of each candidate's numbers, best held-out accuracy first; those that failed anywhere last."""
+    """Means over cells of each candidate's numbers, best held-out accuracy first; those that failed anywhere last.
+
+    `behind` is how far its held-out accuracy is below that of the best one that needs no test images, and `behind_se`
+    the standard error of that over cells; None for the best, and where there is one cell.
+    """
+    numbers = [key for key in COLUMNS[5:] if key != "note"]
     table = []
     for same in zip(*cells, strict=True):
+        each = {key: [float(one[key]) if one[key] not in (None, "") else np.nan for one in same] for key in numbers}
         row = {key: same[0][key] for key in COLUMNS}
-        for key in COLUMNS[5:12]:
-            values = [float(one[key]) for one in same if one[key] not in (None, "")]
-            row[key] = float(np.mean(values)) if len(values) == len(same) else None
+        row |= {key: None if np.isnan(values).any() else float(np.mean(values)) for key, values in each.items()}
         row["note"] = next((one["note"] for one in same if one["note"]), None)
-        table.append(row)
-    return sorted(table, key=lambda row: -(row["held_out"] or 0))
+        table.append((row, np.array(each["held_out"])))
+    table.sort(key=lambda pair: -(pair[0]["held_out"] or 0))
+    best = next(held_out for row, held_out in table if "transductive" not in (row["flags"] or ""))
+    for row, held_out in table:
+        behind, cells_ = best - held_out, len(held_out)
+        known = held_out is not best and row["held_out"] is not None
+        row["behind"] = float(behind.mean()) if known else None
+        row["behind_se"] = float(behind.std(ddof=1)) / cells_**0.5 if known and cells_ > 1 else None
+    return [row for row, _ in table]
 
 
 def write(plan: Mapping[str, Any], *, cells_dir: str, out_dir: str) -> None:
@@ -152,46 +163,99 @@ def write(plan: Mapping[str, Any], *, cells_dir: str, out_dir: str) -> None:
     Raises ValueError naming the file for a cell that has not run.
     """
     by_method: dict[str, list[list[dict[str, Any]]]] = {}
-    drawn: dict[str, list[dict[str, str]]] = {}
+    seen: dict[str, list[list[dict[str, str]]]] = {}
     for dataset, recipe, method, seed in product_of(*(plan[axis] for axis in AXES)):
         folder = Path(cells_dir, dataset, recipe, method, str(seed))
         if not (folder / "corrections.csv").is_file():
             raise ValueError(f"{folder / 'corrections.csv'}: no such file; the cell has not run")
         by_method.setdefault(method, []).append([*files.read_csv(folder / "corrections.csv")])
-        drawn.setdefault(method, files.read_csv(folder / "energies.csv"))
+        seen.setdefault(method, []).append(files.read_csv(folder / "energies.csv"))
     everything = [cell for cells in by_method.values() for cell in cells]
     tables = {"all": pooled(everything), **{method: pooled(cells) for method, cells in by_method.items()}}
     files.write_csv(
         f"{out_dir}/readings.csv",
         [{"method": method, **row} for method, table in tables.items() for row in table],
-        ["method", *COLUMNS],
+        ["method", *COLUMNS, "behind", "behind_se"],
     )
-    files.write_text(f"{out_dir}/readings.md", markdown(plan, tables))
-    files.write_bytes(f"{out_dir}/energies.png", plots.energies(drawn))
+    files.write_text(f"{out_dir}/readings.md", markdown(plan, tables, steepness(seen)))
+    files.write_bytes(f"{out_dir}/energies.png", plots.energies({method: cells[0] for method, cells in seen.items()}))
 
 
-def markdown(plan: Mapping[str, Any], tables: Mapping[str, list[dict[str, Any]]]) -> str:
-    """What was chosen, and a table for all cells and for each method."""
+def steepness(cells: Mapping[str, Sequence[Sequence[Mapping[str, str]]]]) -> list[dict[str, Any]]:
+    """How energy falls with training images: its slope on their logarithm, least squares over classes, mean over cells.
+
+    A row for each method and reading, with a column for each kind of logits; None where a reading cannot be had. -1 is
+    a network whose outputs carry all of the training prior, 0 one that is balanced.
+    """
+    table = []
+    for method, same in cells.items():
+        kinds = list(dict.fromkeys(row["logits"] for rows in same for row in rows))
+        for reading in dict.fromkeys(row["reading"] for rows in same for row in rows):
+            line: dict[str, Any] = {"method": method, "reading": reading}
+            for kind in kinds:
+                found = []
+                for rows in same:
+                    mine = [row for row in rows if (row["reading"], row["logits"]) == (reading, kind)]
+                    if mine:
+                        images, energy = (
+                            np.array([float(row[key]) for row in mine]) for key in ("train_images", "energy")
+                        )
+                        found.append(float(np.polyfit(np.log(images), energy, 1)[0]))
+                line[kind] = float(np.mean(found)) if len(found) == len(same) else None
+            table.append(line)
+    return table
+
+
+def markdown(
+    plan: Mapping[str, Any], tables: Mapping[str, list[dict[str, Any]]], slopes: Sequence[Mapping[str, Any]]
+) -> str:
+    """What was chosen, a table for all cells and for each method, and how steep the energies are."""
     chosen = next(row for row in tables["all"] if "transductive" not in (row["flags"] or ""))
     lines = [
         "# Which reading of energy aligning",
         f"{', '.join(plan['datasets'])}; recipe {', '.join(plan['recipes'])}; {', '.join(plan['methods'])}; seeds "
         f"{', '.join(map(str, plan['seeds']))}. Accuracies in percent, means over cells; NLL in nats. `Held-out` is "
         "the mean over classes of accuracy on held-out images, cross-fitted where the correction is fitted on them; it "
-        "alone decides. `Test` is the balanced test set; nothing was chosen by it.",
+        "alone decides. `Behind` is the distance to the best that needs no test images, with its standard error over "
+        "cells: what is less than two of those behind is not settled. `Test` is the balanced test set; nothing was "
+        "chosen by it.",
         f"Best on held-out: **{described(chosen)}**, {100 * chosen['held_out']:.1f} %; on test "
         f"{100 * chosen['test']:.1f} %.",
     ]
     for method, table in tables.items():
         lines.append(f"## {'All cells' if method == 'all' else method}")
-        header = ["Correction", "Fitted on", "Held-out", "Test", "Many", "Medium", "Few", "NLL", "ECE", "Note"]
-        rows = [header, ["---"] * 2 + ["---:"] * 7 + ["---"]]
+        header = [
+            "Correction",
+            "Fitted on",
+            "Held-out",
+            "Behind",
+            "Test",
+            "Many",
+            "Medium",
+            "Few",
+            "NLL",
+            "ECE",
+            "Note",
+        ]
+        rows = [header, ["---"] * 2 + ["---:"] * 8 + ["---"]]
         for row in table:
             numbers = [shown(row[key], 100) for key in ("held_out", "test", "many", "medium", "few")]
+            behind = shown(row["behind"], 100)
+            numbers.insert(1, behind if behind == "-" else f"{behind} ± {shown(row['behind_se'], 100)}")
             numbers += [shown(row["nll"], 1, 3), shown(row["ece"], 100)]
             note = "; ".join(filter(None, (row["flags"], row["note"])))
             rows.append([described(row, fitted_on=False), row["fitted_on"] or "-", *numbers, note or "-"])
         lines.append("\n".join(f"| {' | '.join(cells)} |" for cells in rows))
+    kinds = [key for key in slopes[0] if key not in ("method", "reading")]
+    lines += [
+        "## How steep the energies are",
+        "The slope of the free energy on the logarithm of training images (nats, balanced weights, mean over cells): "
+        "-1 is a network whose outputs carry all of the training prior, 0 one that is balanced. What is fitted on a "
+        "kind of logits takes out the slope that it sees there; what is left on test stands in the last columns.",
+    ]
+    rows = [["Method", "Reading", *kinds], ["---"] * 2 + ["---:"] * len(kinds)]
+    rows += [[row["method"], row["reading"], *(shown(row[kind], 1, 2) for kind in kinds)] for row in slopes]
+    lines.append("\n".join(f"| {' | '.join(cells)} |" for cells in rows))
     return "\n\n".join(lines) + "\n"
 
 

@@ -1,0 +1,113 @@
+"""What a user sees, in a real browser: the committed report pages, and MLflow's comparison of two cells.
+
+Needs Chromium and its driver (docs/browser.py); .ci/run installs them.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "docs"))
+import browser as driver
+import mlflow_picture
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("chromedriver") is None, reason="no chromedriver: apt-get install chromium-driver"),
+]
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "results").glob("*/report.html"))
+IMAGES = """
+return [...document.images].map(one => {
+  const box = one.getBoundingClientRect();
+  return {complete: one.complete, natural: one.naturalWidth, width: box.width, height: box.height, alt: one.alt};
+});
+"""
+LINKS = "return [...document.querySelectorAll('[href], [src]')].map(one => one.href || one.src);"
+TARGETS = "return [...document.querySelectorAll('[id]')].map(one => one.id);"
+OVERFLOW = "return document.documentElement.scrollWidth - window.innerWidth;"
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with driver.browser() as found:
+        yield found
+
+
+@pytest.mark.parametrize("width", [1300, 420])
+@pytest.mark.parametrize("page", PAGES)
+def test_a_report_page_is_whole(chromium, page, width):
+    path = ROOT / page
+    chromium.requests(), chromium.complaints()
+    chromium.size(width, 900)
+    chromium.open(path.as_uri(), "Results of plan")
+    chromium.run("document.querySelectorAll('details').forEach(one => one.open = true);")
+    assert chromium.complaints() == []
+    asked = [url for url in chromium.requests() if not url.startswith(("data:", "about:", "chrome:"))]
+    assert set(asked) == {path.as_uri()}  # nothing else, from nowhere
+    images = chromium.run(IMAGES)
+    assert images and all(one["complete"] and one["natural"] > 100 and one["alt"] for one in images)
+    assert all(100 < one["width"] <= width and one["height"] > 50 for one in images)
+    assert chromium.run(OVERFLOW) <= 0  # tables scroll by themselves, the page does not
+    ids = chromium.run(TARGETS)
+    for link in chromium.run(LINKS):
+        base, _, fragment = link.partition("#")
+        if base.startswith("file://") and base != path.as_uri():
+            assert Path(base.removeprefix("file://")).is_file(), link
+        elif not base.startswith("data:"):
+            assert base == path.as_uri() and fragment in ids, link
+
+
+def test_a_page_with_a_fault_is_noticed(chromium, tmp_path):
+    """The test above can fail: an outside request, a broken picture and a script error are all seen."""
+    page = tmp_path / "page.html"
+    page.write_text('<p>here</p><img src="none.png" alt="x"><script>undefined_name()</script>'
+                    '<link rel="stylesheet" href="http://127.0.0.1:9/x.css">')  # fmt: skip
+    chromium.requests(), chromium.complaints()
+    chromium.open(page.as_uri(), "here")
+    assert any("undefined_name" in message for message in chromium.complaints())
+    assert "http://127.0.0.1:9/x.css" in chromium.requests()
+    assert chromium.run(IMAGES)[0]["natural"] == 0
+
+
+@pytest.fixture(scope="module")
+def mlflow(tmp_path_factory):
+    """A server on a store of its own, into which the committed results of `quick` were tracked in a bare clone."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    clone = folder / "clone"
+    subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
+    store = f"sqlite:///{folder / 'mlflow.db'}"
+    subprocess.run(
+        [sys.executable, "-m", "longtail.cli", "track", "quick"],
+        cwd=clone, check=True, env=os.environ | {"MLFLOW_TRACKING_URI": store},
+    )  # fmt: skip
+    with driver.mlflow_server(store) as address:
+        yield address
+
+
+def test_mlflows_comparison_shows_the_metrics_of_two_cells(chromium, mlflow):
+    experiment, runs = mlflow_picture.compared(mlflow, "quick", 0)
+    chromium.size(1500, 2500)
+    mlflow_picture.compare(chromium, mlflow, experiment, runs[:2])
+    cells = ROOT / "results/quick/cells/digits_if20/digits"
+    expected = []
+    for run in runs[:2]:
+        tags = driver.call("GET", f"{mlflow}/api/2.0/mlflow/runs/get?run_id={run}")["run"]["data"]["tags"]
+        method = next(tag["value"] for tag in tags if tag["key"] == "longtail.method")
+        accuracy = json.loads((cells / method / "0/metrics.json").read_text())["last"]["raw"]["accuracy"]
+        expected.append(f"{accuracy:.4f}".rstrip("0"))
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        shown = chromium.run("return document.body.innerText")
+        if all(value in shown for value in expected):
+            break
+        time.sleep(1)
+    assert all(value in shown for value in expected), expected
+    for name in ("accuracy few", "aligned held-out/accuracy", "worst class", "logit adjustment"):
+        assert name in shown

@@ -1,0 +1,81 @@
+"""`longtail verify` in a bare clone: no data, no cache, nothing trained; and what it says when something moved."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from longtail import verify
+
+PLAN = "quick"
+CELL = "digits_if20-digits-ce-0"
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """A clone of what is committed; the tests put back what they change."""
+    clone = tmp_path_factory.mktemp("verify") / "clone"
+    subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
+    return clone
+
+
+def said(clone, *plans):
+    command = [sys.executable, "-m", "longtail.cli", "verify", *plans]
+    done = subprocess.run(command, cwd=clone, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def change(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def put_back(clone):
+    subprocess.run(["git", "checkout", "-q", "."], cwd=clone, check=True)
+    left = subprocess.run(["git", "status", "--porcelain"], cwd=clone, capture_output=True, text=True, check=True)
+    assert left.stdout == ""  # it looks, it writes nothing
+
+
+@pytest.mark.slow
+def test_what_is_committed_is_what_the_committed_code_gives(bare):
+    code, text = said(bare)
+    assert code == 0, text
+    assert text.startswith("as committed: quick, smoke, paper-cifar100")
+    put_back(bare)
+
+
+@pytest.mark.slow
+def test_changed_code_params_and_results_are_named(bare):
+    with (bare / "src/longtail/losses/ce.py").open("a") as file:
+        file.write("# a comment is another file\n")
+    change(bare / "params.yaml", "ece_bins: 15", "ece_bins: 16")
+    change(bare / "results/quick/table.md", "± ", "± 1")
+    classes = f"results/quick/cells/{CELL.replace('-', '/')}/classes.csv"
+    change(bare / classes, "0,", "00,")
+    code, text = said(bare, PLAN)
+    assert code == 1
+    lines = text.splitlines()
+    assert f"train-{PLAN}@{CELL}: changed deps src/longtail/losses/ce.py modified" in lines
+    assert any(line.startswith(f"evaluate-{PLAN}@{CELL}: changed deps params.yaml") for line in lines)
+    assert f"evaluate-{PLAN}@{CELL}: changed outs {classes} modified" in lines
+    assert "results/quick/table.md: not what the committed cells give" in lines
+    assert not any("balanced_softmax-0: changed deps src" in line for line in lines)
+    put_back(bare)
+
+
+@pytest.mark.slow
+def test_a_missing_result_is_no_clone_without_a_cache(bare):
+    path = f"results/quick/cells/{CELL.replace('-', '/')}/right.csv"
+    (bare / path).unlink()
+    code, text = said(bare, PLAN)
+    assert code == 1 and f"evaluate-{PLAN}@{CELL}: changed outs {path} deleted" in text
+    assert "runs/" not in text  # what git does not keep is not missed
+    put_back(bare)
+
+
+def test_an_unknown_plan_is_named():
+    with pytest.raises(ValueError, match=r"plan 'nowhere' is not in params\.yaml; there are quick"):
+        verify.verify(ROOT, yaml.safe_load((ROOT / "params.yaml").read_text())["plans"], ["nowhere"])
