@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from longtail import files, live, tracking
-from longtail.finished import TrackingError
+from longtail.finished import CELL_FILES, MEASURES, TrackingError
 from longtail.live import Live, fingerprint
 from longtail.tracking import sync, track
 
@@ -80,6 +80,10 @@ def add_cell(
     files.write_csv(root / results / "history.csv", rows, COLUMNS)
     files.write_json(root / results / "metrics.json", metrics)
     files.write_csv(root / results / "classes.csv", [{"class": 0, "raw": accuracy}], ["class", "raw"])
+    for name in ("distributions.csv", "reliability.csv", "right.csv"):
+        files.write_csv(
+            root / results / name, [{"correction": "raw", "accuracy": accuracy}], ["correction", "accuracy"]
+        )
 
     path = root / "stages" / "dvc.lock"
     lock: dict[str, Any] = {"schema": "2.0", "stages": {}}
@@ -90,9 +94,7 @@ def add_cell(
     model = (f"{runs}/model", hashlib.md5(json.dumps([params, method, seed]).encode()).hexdigest() + ".dir")
     logits = (f"{runs}/predictions.npz", hashlib.md5(model[1].encode()).hexdigest())
     energy = (f"{runs}/alignment.json", hashlib.md5(logits[1].encode()).hexdigest())
-    written = [
-        (f"{results}/{name}", md5(root / results / name)) for name in ("classes.csv", "history.csv", "metrics.json")
-    ]
+    written = [(f"{results}/{name}", md5(root / results / name)) for name in CELL_FILES]
     chain = {
         "train": ([data], params, [model]),
         "predict": ([data, model], {}, [logits]),
@@ -113,7 +115,7 @@ def add_cell(
 def measures(accuracy: float) -> dict[str, float | None]:
     """A block of metrics.json; no class is medium."""
     some = {"accuracy": accuracy, "many": 0.9, "medium": None, "few": 0.25}
-    return some | {"balanced_error": 1 - accuracy, "nll": 1.5, "ece": 0.05}
+    return dict.fromkeys(MEASURES, 0.5) | some | {"balanced_error": 1 - accuracy, "nll": 1.5, "ece": 0.05}
 
 
 def md5(path: Path) -> str:
@@ -170,6 +172,34 @@ def train_live(root: Path, training: str, epochs: range, **values: float) -> Non
 
 
 # --- sync ------------------------------------------------------------------------------------------------
+
+
+def test_the_searches_of_the_docs_find_what_they_say(root: Path) -> None:
+    """Every search string of docs/mlflow.md, its values put to those of the two cells here."""
+    sync(root)
+    add_cell(root, "gala", accuracy=0.8)  # replaces one
+    sync(root)
+    page = (Path(__file__).parents[1] / "docs/mlflow.md").read_text()
+    lines = [line.split(" | ") for line in page.splitlines() if line.startswith("| ") and " | `" in line]
+    searches = {question.strip("| "): text.strip(" |`") for question, text in lines[:8]}
+    expected = {
+        "what a plan found": 2, "one method": 1, "what reaches": 2, "good on the tail": 2, "confident": 2,
+        "trained for": 2, "what was replaced": 1, "trainings that were stopped": 0,
+    }  # fmt: skip
+    assert len(searches) == len(expected)
+    store = client(root)
+    experiment = store.get_experiment_by_name("longtail")
+    for (question, text), (start, count) in zip(searches.items(), expected.items(), strict=True):
+        assert question.startswith(start)
+        for theirs, ours in (
+            ("balpoe", "gala"),
+            ('few" > 0.3', 'few" > 0.2'),
+            ("ece > 0.1", "ece > 0.01"),
+            ("'55'", "'4'"),
+        ):
+            text = text.replace(theirs, ours)
+        found = store.search_runs([experiment.experiment_id], text)
+        assert len([run for run in found if run.data.tags["longtail.kind"] == "cell"]) == count, question
 
 
 def test_a_run_shows_its_cell(root: Path) -> None:

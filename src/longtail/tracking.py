@@ -130,7 +130,7 @@ def _plan_run(store: Store, runs: "Iterable[Run]", plan: str) -> "Run":
         f"All cells of the plan `{plan}`; the table of means and deviations is among the artifacts.\n\n"
         "To compare: choose *Model training* at the top left, expand this run in the list, tick cells, press "
         "*Compare*. *Group by* `method` gives means over seeds. For the current results alone, search "
-        f"`tags.\"longtail.plan\" = '{plan}' AND tags.\"longtail.current\" = 'yes'`.\n\n"
+        f"`tags.\"longtail.plan\" = '{plan}' AND tags.\"longtail.current\" = 'yes'`; docs/mlflow.md has more.\n\n"
         "Plain names (`accuracy few`) are raw logits on the test set at the last epoch; `aligned .../` is "
         "the same after energy alignment; `curve/` is training. Fractions; nll in nats."
     )
