@@ -2,11 +2,12 @@
 
 from longtail import report, stage
 
-with stage.run("plan", "cells", "published", "out") as (args, params):
+with stage.run("plan", "cells", "published", "times", "out") as (args, params):
     report.write(
         args.plan,
         params[f"plans.{args.plan}"],
         cells_dir=args.cells,
         published=args.published,
         out_dir=args.out,
+        times=args.times,
     )

@@ -200,9 +200,9 @@ def test_one_seed_has_no_deviation(cells):
     table = outcomes.rows(results, [])
     assert find(table, "ce")["accuracy_sd"] is None
     first, second = (answer.text for answer in report.answers(results, table))
-    assert "lead of 10.0 points (95 % interval 4.0 to 16.0 over test images alone" in first
+    assert "10.0 points lower; 95 % interval 4.0 to 16.0 points, over test images alone" in first
     # 60 of 100 images against 50, the same ones: 10 differ; sqrt(.1 * .9 / 99) is 3.0 points
-    assert "it is a lead of 10.0 points (95 % interval 4.0 to 16.0 over test images alone" in second
+    assert "The lead over Cross-entropy: 95 % interval 4.0 to 16.0 points, over test images alone" in second
     assert "settled for these networks, not for the methods." in second
 
 
@@ -271,20 +271,20 @@ def test_summary_is_small_and_takes_the_held_out_alignment(cells):
 def answer_of(cells, plan=PLAN):
     """What is said of the whole data set, and of its one recipe."""
     results = outcomes.read("toy", plan, cells)
-    return [answer.text for answer in report.answers(results, outcomes.rows(results, []))]
+    return [f"{answer.text} {answer.again}".strip() for answer in report.answers(results, outcomes.rows(results, []))]
 
 
 def test_answer_names_the_winner_the_margin_and_what_is_not_settled(cells):
     whole, said = answer_of(cells)
     assert whole.startswith(
         "Highest on toy_if10: BalPoE (3 experts), recipe plain, aligned on held-out, 67.0 ± 4.2 % (2 seeds). "
-        "The next method is Cross-entropy, recipe plain, aligned on held-out, 56.0 ± 2.8 % (2 seeds): a lead of 11.0 "
+        "The next method is Cross-entropy, recipe plain, aligned on held-out, 56.0 ± 2.8 % (2 seeds), 11.0 points "
     )
-    assert whole.endswith("not settled. Again: longtail run toy --only 'toy_if10-plain-balpoe-*'")
+    assert whole.endswith("not settled. longtail run toy --only 'toy_if10-plain-balpoe-*'")
     assert "BalPoE (3 experts) has the highest accuracy: 63.0 ± 4.2 %, 11.0 points above" in said
     assert "Cross-entropy (52.0 ± 2.8 %); 2 seeds for each method" in said
     # variance over seeds 0.0013 with 2 degrees of freedom, over images 0.000736: 4.9 degrees, t = 2.59
-    assert "it is a lead of 11.0 points (95 % interval -0.7 to 22.7 over test images and seeds): not settled." in said
+    assert "The lead over Cross-entropy: 95 % interval -0.7 to 22.7 points, over test images and seeds: not" in said
     assert "change accuracy by +4.0 to +4.0 points" in said
 
 
@@ -548,6 +548,24 @@ def test_pictures_have_sizes_and_words(cells, published, tmp_path):
         assert len(image["alt"]) > 40
     assert "Cross-entropy 52.0 %" in page.images[0]["alt"]
     assert "published 60.0 %" in page.images[0]["alt"]
+
+
+def test_training_time_is_drawn_where_it_is_known(cells, published, tmp_path):
+    times = tmp_path / "times.csv"
+    rows = [
+        {"dataset": "toy_if10", "recipe": "plain", "method": "ce", "seed": 1, "seconds": 600},
+        {"dataset": "another", "recipe": "plain", "method": "ce", "seed": 1, "seconds": 60},
+    ]
+    files.write_csv(times, rows, list(rows[0]))
+    results = outcomes.read("toy", PLAN, cells, times)
+    assert results.minutes == {("toy_if10", "plain", "ce", 1): 10}
+    page = Page(report.html(results, outcomes.read_published(published)))
+    assert page.images[-1]["alt"] == (
+        "Test accuracy against training time: Cross-entropy, recipe plain, 10 min 54.0 %."
+    )
+    times.write_text("dataset,recipe\nx,y\n")
+    with pytest.raises(ValueError, match=r"times\.csv: no column 'method'"):
+        outcomes.read("toy", PLAN, cells, times)
 
 
 def test_page_has_the_table_and_the_command_of_every_cell(cells, published, tmp_path):

@@ -64,12 +64,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Results:
-    """The cells of a plan that have run; `missing` are those that have not, in the plan's order."""
+    """The cells of a plan that have run; `missing` are those that have not, in the plan's order.
+
+    `minutes` of training are known of those cells that benchmarks.time_to_accuracy saw.
+    """
 
     plan_name: str
     plan: Mapping[str, Any]
     cells: Mapping[Key, Cell]
     missing: list[Key]
+    minutes: Mapping[Key, float]
 
     def groups(self) -> Iterator[tuple[tuple[str, str, str], dict[int, Cell]]]:
         """Each (dataset, recipe, method) of the plan with its finished cells by seed."""
@@ -184,8 +188,8 @@ def read_right(path: Path) -> dict[str, np.ndarray]:
     return found
 
 
-def read(plan_name: str, plan: Mapping[str, Any], cells_dir: str | Path) -> Results:
-    """Read the cells of a plan {datasets, recipes, methods, seeds} under `cells_dir`.
+def read(plan_name: str, plan: Mapping[str, Any], cells_dir: str | Path, times: str | Path | None = None) -> Results:
+    """Read the cells of a plan {datasets, recipes, methods, seeds} under `cells_dir`, and how long each trained.
 
     Raises ValueError when no cell has run, when a file is wrong, and when two cells of a data set disagree
     on its classes (one of them is older than the data).
@@ -209,7 +213,16 @@ def read(plan_name: str, plan: Mapping[str, Any], cells_dir: str | Path) -> Resu
             raise ValueError(f"{paths[0]}: another number of test images than in {paths[1]}")
     if not cells:
         raise ValueError(f"{cells_dir}: no cell of plan {plan_name!r} has run ({len(missing)} in the plan)")
-    return Results(plan_name, plan, cells, missing)
+    minutes = {
+        key: value for key, value in ({} if times is None else read_minutes(Path(times))).items() if key in cells
+    }
+    return Results(plan_name, plan, cells, missing, minutes)
+
+
+def read_minutes(path: Path) -> dict[Key, float]:
+    """Minutes of training by cell, out of benchmarks/results/time_to_accuracy.csv; ValueError as of `read_table`."""
+    rows = read_table(path, ("dataset", "recipe", "method", "seed", "seconds"), {"seconds": math.inf})
+    return {(row["dataset"], row["recipe"], row["method"], int(row["seed"])): row["seconds"] / 60 for row in rows}
 
 
 def folder(cells_dir: str | Path, key: Key) -> Path:

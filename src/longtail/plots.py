@@ -296,6 +296,25 @@ def reliability(rows: Sequence[Row], *, recipe: str, names: Mapping[str, str], c
                                   f"Recipe {recipe}.")  # fmt: skip
 
 
+def cost(rows: Sequence[Row], *, names: Mapping[str, str], colours: Mapping[str, str]) -> Figure:
+    """Test accuracy against minutes of training, a mark a cell: colour is the method, shape the recipe."""
+    recipes = list(dict.fromkeys(row["recipe"] for row in rows))
+    with axes() as axis:
+        said = []
+        for recipe, method in dict.fromkeys((row["recipe"], row["method"]) for row in rows):
+            mine = [row for row in rows if (row["recipe"], row["method"]) == (recipe, method)]
+            minutes, accuracy = ([row["minutes"] for row in mine], [100 * row["accuracy"] for row in mine])
+            axis.plot(minutes, accuracy, linestyle="none", marker="osD^vP"[recipes.index(recipe) % 6], markersize=5.5,
+                      color=colours[method], label=f"{names[method]}, {recipe}")  # fmt: skip
+            said.append(f"{names[method]}, recipe {recipe}, {mean(minutes):.0f} min {mean(accuracy):.1f} %")
+        axis.set(title="What training time buys", xlabel="minutes of training", ylabel="test accuracy (%)")
+        axis.set_xlim(left=0)
+        axis.legend(loc="best")
+        alt = f"Test accuracy against training time: {'; '.join(said)}."
+        machine = "On the machine of benchmarks/results/time_to_accuracy.md; looks at test accuracy included."
+        return picture(axis, alt, machine)
+
+
 def energies(cells: Mapping[str, Sequence[Mapping[str, str]]]) -> bytes:
     """A PNG: free energy of each class against its training images, a row a method, a column a reading.
 

@@ -107,11 +107,12 @@ class Table(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What is said of one data set under one recipe."""
+    """What is said of one data set under one recipe, or of all ("") with the command that makes its winner again."""
 
     dataset: str
     recipe: str
     text: str
+    again: str = ""
 
 
 def answers(results: Results, table: Sequence[Row]) -> list[Answer]:
@@ -121,14 +122,14 @@ def answers(results: Results, table: Sequence[Row]) -> list[Answer]:
         mine = [row for row in table if row["dataset"] == dataset]
         recipes = dict.fromkeys(row["recipe"] for row in mine)
         if any(row["n"] for row in mine):
-            said.append(Answer(dataset, "", winner(results, dataset, mine)))
+            said.append(Answer(dataset, "", *winner(results, dataset, mine)))
         for recipe in recipes:
             rows_ = [row for row in mine if row["recipe"] == recipe]
             said.append(Answer(dataset, recipe, answer(results, dataset, recipe, rows_)))
     return said
 
 
-def winner(results: Results, dataset: str, table: Sequence[Row]) -> str:
+def winner(results: Results, dataset: str, table: Sequence[Row]) -> tuple[str, str]:
     """The highest accuracy over all recipes, methods and corrections, the next method, and how to see it again."""
     ranked = sorted(
         (row for row in table if row["n"] and row["correction"] != REBALANCED), key=lambda row: -row["accuracy_mean"]
@@ -137,10 +138,10 @@ def winner(results: Results, dataset: str, table: Sequence[Row]) -> str:
     text = f"Highest on {dataset}: {described(first)}, {percent(first)} ({seeds_text([first])})."
     second = next((row for row in ranked if row["method"] != first["method"]), None)
     if second is not None:
-        text += f" The next method is {described(second)}, {percent(second)} ({seeds_text([second])}): "
-        text += lead_text(differences.compared(results, first, second, differences.spread_of(table)))
-    name = "-".join((dataset, first["recipe"], first["method"]))
-    return f"{text} Again: longtail run {results.plan_name} --only '{name}-*'"
+        lead = differences.compared(results, first, second, differences.spread_of(table))
+        text += f" The next method is {described(second)}, {percent(second)} ({seeds_text([second])}), "
+        text += f"{100 * lead.value:.1f} points lower; {sure_text(lead)}"
+    return text, f"longtail run {results.plan_name} --only '{dataset}-{first['recipe']}-{first['method']}-*'"
 
 
 def described(row: Row) -> str:
@@ -149,16 +150,13 @@ def described(row: Row) -> str:
     return text if row["correction"] == RAW else f"{text}, {CORRECTIONS[row['correction']]}"
 
 
-def lead_text(lead: differences.Difference) -> str:
-    """How far a lead can be trusted: `a lead of 1.2 points (95 % interval 0.3 to 2.1 over ...): settled.`"""
+def sure_text(lead: differences.Difference) -> str:
+    """How far a lead can be trusted: `95 % interval 0.3 to 2.1 points, over test images and seeds: settled.`"""
     over = "test images and seeds" if lead.seeds else "test images alone, for one seed says nothing of other trainings"
     settled = "settled" if lead.low > 0 else "not settled"
     if lead.low > 0 and not lead.seeds:
         settled = "settled for these networks, not for the methods"
-    return (
-        f"a lead of {100 * lead.value:.1f} points (95 % interval {100 * lead.low:.1f} to {100 * lead.high:.1f} over "
-        f"{over}): {settled}."
-    )
+    return f"95 % interval {100 * lead.low:.1f} to {100 * lead.high:.1f} points, over {over}: {settled}."
 
 
 def answer(results: Results, dataset: str, recipe: str, table: Sequence[Row]) -> str:
@@ -183,7 +181,7 @@ def answer(results: Results, dataset: str, recipe: str, table: Sequence[Row]) ->
         text += f" and {100 * above:.1f} above {method_name(BASELINE)} ({percent(base)})"
     text += f"; {seeds_text(raw)} for each method."
     sure = differences.compared(results, first, second, differences.spread_of(raw))
-    said = f"Over {method_name(second['method'])} it is {lead_text(sure)}"
+    said = f"The lead over {method_name(second['method'])}: {sure_text(sure)}"
     parts = [said, *aligned_text(table, raw), *published_text(raw)]
     return " ".join([text, *parts])
 
@@ -435,7 +433,8 @@ def markdown(results: Results, published: Sequence[Row]) -> str:
     blocks = [f"# Results of plan {results.plan_name}", f"{READING} {SAME_SUBSET}"]
     for part in sections(results, published):
         blocks.append(f"## {part['dataset']}")
-        blocks += [a.text for a in said if a.dataset == part["dataset"]]
+        mine = [a for a in said if a.dataset == part["dataset"]]
+        blocks += [f"{a.text} Again: `{a.again}`" if a.again else a.text for a in mine]
         lines = []
         for line in part["lines"]:
             cells = [*line["cells"]]
@@ -505,6 +504,12 @@ def figures(results: Results, table: Sequence[Row], dataset: str) -> dict[str, l
                 drawn["Training"].append(plots.curves(epoch_rows, measure, recipe=recipe, **style))
     first = [row for row in by_class if all(row[k] == by_class[0][k] for k in ("recipe", "method"))]
     drawn[""].insert(1, plots.class_profile(first, dataset=dataset))
+    timed = [
+        {"recipe": key[1], "method": key[2], "minutes": minutes, "accuracy": results.cells[key].last[RAW]["accuracy"]}
+        for key, minutes in results.minutes.items() if key[0] == dataset
+    ]  # fmt: skip
+    if timed:
+        drawn["Training"].append(plots.cost(timed, **style))
     return drawn
 
 
@@ -528,7 +533,7 @@ def html(results: Results, published: Sequence[Row]) -> str:
     )
     parts = sections(results, published)
     for part in parts:
-        part["answers"] = [a.text for a in answers(results, table) if a.dataset == part["dataset"]]
+        part["answers"] = [a for a in answers(results, table) if a.dataset == part["dataset"]]
         part["figures"] = figures(results, table, part["dataset"])
         keys = [key for key in results.cells if key[0] == part["dataset"]]
         part["cells"] = [
@@ -556,12 +561,13 @@ def write(
     cells_dir: str | Path,
     published: str | Path,
     out_dir: str | Path,
+    times: str | Path | None = None,
 ) -> None:
     """Read the cells of a plan and write table.md, report.html, summary.json, curves.csv and classes.csv.
 
     Raises what `read` and `read_published` raise; nothing is written then.
     """
-    results = read(plan_name, plan, cells_dir)
+    results = read(plan_name, plan, cells_dir, times)
     known = read_published(published)
     out = Path(out_dir)
     files.write_text(out / "table.md", markdown(results, known))

@@ -18,7 +18,7 @@ from longtail.finished import STAGES, read_lock
 
 REPORT = ("table.md", "report.html", "summary.json", "curves.csv", "classes.csv")
 READINGS = ("readings.md", "readings.csv")
-PUBLISHED = "data/published.csv"
+PUBLISHED, TIMES = "data/published.csv", "benchmarks/results/time_to_accuracy.csv"
 PICTURE = re.compile(rb"data:image/png;base64,[A-Za-z0-9+/=]*")  # other processors may draw a pixel otherwise
 ABSENT = ("deleted", "not in cache")  # DVC's words
 
@@ -101,7 +101,8 @@ def differing(root: Path, plan_name: str, plan: Mapping[str, Any]) -> list[str]:
     results = root / "results" / plan_name
     with tempfile.TemporaryDirectory() as folder:
         report.write(
-            plan_name, plan, cells_dir=results / "cells", published=root / PUBLISHED, out_dir=folder
+            plan_name, plan, cells_dir=results / "cells", published=root / PUBLISHED, times=root / TIMES,
+            out_dir=folder,
         )  # fmt: skip
         names = [*REPORT]
         if (results / READINGS[0]).exists():
