@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from longtail import differences, evaluation, files, outcomes, report
+from longtail import answers, differences, evaluation, files, outcomes, report
 
 PLAN = {
     "datasets": ["toy_if10"],
@@ -199,7 +199,7 @@ def test_one_seed_has_no_deviation(cells):
     results = outcomes.read("toy", PLAN | {"seeds": [0]}, cells)
     table = outcomes.rows(results, [])
     assert find(table, "ce")["accuracy_sd"] is None
-    first, second = (answer.text for answer in report.answers(results, table))
+    first, second = (answer.text for answer in answers.answers(results, table))
     assert "10.0 points lower; 95 % interval 4.0 to 16.0 points, over test images alone" in first
     # 60 of 100 images against 50, the same ones: 10 differ; sqrt(.1 * .9 / 99) is 3.0 points
     assert "The lead over Cross-entropy: 95 % interval 4.0 to 16.0 points, over test images alone" in second
@@ -224,7 +224,7 @@ def test_without_held_out_images(tmp_path):
     results = outcomes.read("toy", PLAN, tmp_path)
     assert {row["aligned_on"] for row in outcomes.classes(results)} == {"train"}
     assert {row["held_out_accuracy"] for row in outcomes.curves(results)} == {None}
-    assert not any("held-out" in answer.text for answer in report.answers(results, table))
+    assert not any("held-out" in answer.text for answer in answers.answers(results, table))
     assert report.html(results, [])
 
 
@@ -271,7 +271,7 @@ def test_summary_is_small_and_takes_the_held_out_alignment(cells):
 def answer_of(cells, plan=PLAN):
     """What is said of the whole data set, and of its one recipe."""
     results = outcomes.read("toy", plan, cells)
-    return [f"{answer.text} {answer.again}".strip() for answer in report.answers(results, outcomes.rows(results, []))]
+    return [f"{answer.text} {answer.again}".strip() for answer in answers.answers(results, outcomes.rows(results, []))]
 
 
 def test_answer_names_the_winner_the_margin_and_what_is_not_settled(cells):

@@ -1,4 +1,4 @@
-"""What a plan found: which method wins, by how much, with what spread, what was published, what is flagged.
+"""What a plan found, as tables and a page: ours with its spread, what was published, what is flagged.
 
 Percent and points are in text only; the numbers behind it, and what they mean, are those of longtail.outcomes.
 """
@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import jinja2
 
 from longtail import differences, files, plots, under_shift
+from longtail.answers import answers, method_name, spread
 from longtail.differences import BASELINE, points
 from longtail.outcomes import (
     ADJUSTED,
-    ALIGNED,
     CLASSES,
     CORRECTIONS,
     CURVES,
@@ -36,12 +36,6 @@ from longtail.outcomes import (
     summary,
 )
 
-METHODS = {
-    "ce": "Cross-entropy",
-    "balanced_softmax": "Balanced softmax",
-    "gala": "GALA (released form)",
-    "balpoe": "BalPoE (3 experts)",
-}
 HEADER = ("Recipe", "Method", "Correction", "Seeds", "All", "Many", "Medium", "Few", "NLL", "ECE",
           "Best on held-out", "Best on test", "Published", "Difference", "Verdict")  # fmt: skip
 OPTIONAL = HEADER[-5:]  # left out where a data set has none
@@ -90,8 +84,9 @@ SAME_SUBSET = (
 
 CELLS_READING = (
     "Accuracy of the raw logits of each at its last epoch, its files (measures, history, accuracy by class, "
-    "reliability, which images are right), and the command that makes it again. `longtail track` gives each a run in "
-    "MLflow, with params, commit and machine."
+    "reliability, which images are right), and the command that makes it again. Params are in params.yaml, and as they "
+    "were for each stage of a cell in stages/dvc.lock; `git log -1 <folder>` says the commit. `longtail track` gives "
+    "each cell a run in MLflow with all of these; there, search params.method = '...' AND params.recipe = '...'."
 )
 
 
@@ -106,135 +101,7 @@ class Table(NamedTuple):
     folded: bool = False
 
 
-class Answer(NamedTuple):
-    """What is said of one data set under one recipe, or of all ("") with the command that makes its winner again."""
-
-    dataset: str
-    recipe: str
-    text: str
-    again: str = ""
-
-
-def answers(results: Results, table: Sequence[Row]) -> list[Answer]:
-    """What the numbers say: for each data set the highest of all, then for each recipe its methods."""
-    said = []
-    for dataset in dict.fromkeys(row["dataset"] for row in table):
-        mine = [row for row in table if row["dataset"] == dataset]
-        recipes = dict.fromkeys(row["recipe"] for row in mine)
-        if any(row["n"] for row in mine):
-            said.append(Answer(dataset, "", *winner(results, dataset, mine)))
-        for recipe in recipes:
-            rows_ = [row for row in mine if row["recipe"] == recipe]
-            said.append(Answer(dataset, recipe, answer(results, dataset, recipe, rows_)))
-    return said
-
-
-def winner(results: Results, dataset: str, table: Sequence[Row]) -> tuple[str, str]:
-    """The highest accuracy over all recipes, methods and corrections, the next method, and how to see it again."""
-    ranked = sorted(
-        (row for row in table if row["n"] and row["correction"] != REBALANCED), key=lambda row: -row["accuracy_mean"]
-    )
-    first = ranked[0]
-    text = f"Highest on {dataset}: {described(first)}, {percent(first)} ({seeds_text([first])})."
-    second = next((row for row in ranked if row["method"] != first["method"]), None)
-    if second is not None:
-        lead = differences.compared(results, first, second, differences.spread_of(table))
-        text += f" The next method is {described(second)}, {percent(second)} ({seeds_text([second])}), "
-        text += f"{100 * lead.value:.1f} points lower; {sure_text(lead)}"
-    return text, f"longtail run {results.plan_name} --only '{dataset}-{first['recipe']}-{first['method']}-*'"
-
-
-def described(row: Row) -> str:
-    """`BalPoE (3 experts), recipe fast, logit adjustment`."""
-    text = f"{method_name(row['method'])}, recipe {row['recipe']}"
-    return text if row["correction"] == RAW else f"{text}, {CORRECTIONS[row['correction']]}"
-
-
-def sure_text(lead: differences.Difference) -> str:
-    """How far a lead can be trusted: `95 % interval 0.3 to 2.1 points, over test images and seeds: settled.`"""
-    over = "test images and seeds" if lead.seeds else "test images alone, for one seed says nothing of other trainings"
-    settled = "settled" if lead.low > 0 else "not settled"
-    if lead.low > 0 and not lead.seeds:
-        settled = "settled for these networks, not for the methods"
-    return f"95 % interval {100 * lead.low:.1f} to {100 * lead.high:.1f} points, over {over}: {settled}."
-
-
-def answer(results: Results, dataset: str, recipe: str, table: Sequence[Row]) -> str:
-    """The answer for one data set and recipe, in sentences."""
-    raw = [row for row in table if row["correction"] == RAW and row["n"]]
-    ranked = sorted(raw, key=lambda row: -row["accuracy_mean"])  # stable: ties stay in the plan's order
-    where = f"On {dataset} with recipe {recipe}, "
-    if not ranked:
-        return f"{where}no run is in yet."
-    first = ranked[0]
-    if len(ranked) == 1:
-        return f"{where}only {method_name(first['method'])} has run: {percent(first)} ({seeds_text([first])})."
-    second = ranked[1]
-    lead = first["accuracy_mean"] - second["accuracy_mean"]
-    text = (
-        f"{where}{method_name(first['method'])} has the highest accuracy: {percent(first)}, "
-        f"{100 * lead:.1f} points above {method_name(second['method'])} ({percent(second)})"
-    )
-    base = next((row for row in ranked[2:] if row["method"] == BASELINE), None)
-    if base:
-        above = first["accuracy_mean"] - base["accuracy_mean"]
-        text += f" and {100 * above:.1f} above {method_name(BASELINE)} ({percent(base)})"
-    text += f"; {seeds_text(raw)} for each method."
-    sure = differences.compared(results, first, second, differences.spread_of(raw))
-    said = f"The lead over {method_name(second['method'])}: {sure_text(sure)}"
-    parts = [said, *aligned_text(table, raw), *published_text(raw)]
-    return " ".join([text, *parts])
-
-
-def seeds_text(table: Sequence[Row]) -> str:
-    """`2 seeds`, or `1 to 3 seeds` where the rows differ."""
-    low, high = min(row["n"] for row in table), max(row["n"] for row in table)
-    return f"{low} seed{'s' if low > 1 else ''}" if low == high else f"{low} to {high} seeds"
-
-
-def aligned_text(table: Sequence[Row], raw: Sequence[Row]) -> list[str]:
-    """What alignment changes, on held-out images where they exist."""
-    kinds = [key for key in ALIGNED if any(row["correction"] == key for row in table)]
-    if not kinds:
-        return []
-    before = {row["method"]: row["accuracy_mean"] for row in raw}
-    aligned = [row for row in table if row["correction"] == kinds[0]]
-    gains = [row["accuracy_mean"] - before[row["method"]] for row in aligned]
-    best = max(aligned, key=lambda row: row["accuracy_mean"])
-    return [
-        f"Logits {CORRECTIONS[kinds[0]]} change accuracy by {points(min(gains))} to {points(max(gains))} "
-        f"points; the highest is then {method_name(best['method'])}, {percent(best)}."
-    ]
-
-
-def published_text(raw: Sequence[Row]) -> list[str]:
-    """How far ours are from what was published, with a word where a published number has a reservation."""
-    known = [row for row in raw if row["difference"] is not None]
-    if not known:
-        return []
-    said = [f"{method_name(row['method'])} {points(row['difference'] / 100)}" for row in known]
-    hint = "; not like with like, see the notes" if any(row["flags"] for row in known) else ""
-    return [f"Ours minus published, in points: {', '.join(said)}{hint}."]
-
-
 # ---------------------------------------------------------------------------------------------- writing
-
-
-def method_name(key: str) -> str:
-    """A method's name for people."""
-    return METHODS.get(key, key)
-
-
-def spread(mean: float | None, sd: float | None, scale: float = 100, digits: int = 1) -> str:
-    """`mean ± sd`, by default in percent; a dash where there is nothing."""
-    if mean is None:
-        return "-"
-    return f"{scale * mean:.{digits}f}" + (f" ± {scale * sd:.{digits}f}" if sd is not None else "")
-
-
-def percent(row: Row) -> str:
-    """The accuracy of a row for a sentence: `93.1 ± 0.4 %`."""
-    return f"{spread(row['accuracy_mean'], row['accuracy_sd'])} %"
 
 
 def letter(index: int) -> str:
@@ -265,8 +132,8 @@ def verdict(row: Row, pooled: differences.Spread | None) -> str:
 
 
 def section(results: Results, table: Sequence[Row], published: Sequence[Row], dataset: str) -> Row:
-    """All of one data set in text: `header`, `lines` (cells, bold, raw, seeds), `notes` (letter, text), lists of
-    sentences, and the other tables by name."""
+    """All of one data set in text: `header`, `lines` (cells, bold, raw, anchor of the first cell), `notes` (letter,
+    text), lists of sentences, and the other tables by name."""
     mine = [row for row in table if row["dataset"] == dataset]
     ranked = [row for row in mine if row["n"] and row["correction"] != REBALANCED]
     best = max((row["accuracy_mean"] for row in ranked), default=None)
@@ -294,7 +161,9 @@ def section(results: Results, table: Sequence[Row], published: Sequence[Row], da
             verdict(row, pooled),
         ]
         bold = row in ranked and row["accuracy_mean"] == best
-        lines.append({"cells": cells, "bold": bold, "raw": row["correction"] == RAW})
+        first = next(((dataset, row["recipe"], row["method"], seed) for seed in row["seeds"]), None)
+        anchor = None if first is None else cell_name(first)
+        lines.append({"cells": cells, "bold": bold, "raw": row["correction"] == RAW, "anchor": anchor})
     columns = [
         place for place, name in enumerate(HEADER)
         if name not in OPTIONAL or any(line["cells"][place] != "-" for line in lines)
@@ -406,6 +275,11 @@ def missing(results: Results, dataset: str) -> list[str]:
     ]
 
 
+def cell_name(key: Key) -> str:
+    """What DVC calls it, after the @."""
+    return "-".join(map(str, key))
+
+
 def cell_folder(key: Key) -> str:
     """Where a cell's files are, seen from the report."""
     return f"cells/{'/'.join(map(str, key))}"
@@ -418,7 +292,7 @@ def cell_accuracy(results: Results, key: Key) -> str:
 
 def command(plan_name: str, key: Key) -> str:
     """The command that makes the numbers of one cell again."""
-    return f"dvc repro stages/dvc.yaml:evaluate-{plan_name}@{'-'.join(map(str, key))}"
+    return f"dvc repro stages/dvc.yaml:evaluate-{plan_name}@{cell_name(key)}"
 
 
 def sections(results: Results, published: Sequence[Row]) -> list[Row]:
@@ -453,7 +327,7 @@ def markdown(results: Results, published: Sequence[Row]) -> str:
         keys = [key for key in results.cells if key[0] == part["dataset"]]
         blocks += ["### Cells", CELLS_READING]
         blocks.append("\n".join(
-            f"- [{'-'.join(map(str, key))}]({cell_folder(key)}): {cell_accuracy(results, key)} %, "
+            f"- [{cell_name(key)}]({cell_folder(key)}): {cell_accuracy(results, key)} %, "
             f"`{command(results.plan_name, key)}`" for key in keys
         ))  # fmt: skip
     return "\n\n".join(blocks) + "\n"
@@ -537,7 +411,7 @@ def html(results: Results, published: Sequence[Row]) -> str:
         part["figures"] = figures(results, table, part["dataset"])
         keys = [key for key in results.cells if key[0] == part["dataset"]]
         part["cells"] = [
-            {"name": "-".join(map(str, key)), "folder": cell_folder(key), "command": command(results.plan_name, key),
+            {"name": cell_name(key), "folder": cell_folder(key), "command": command(results.plan_name, key),
              "accuracy": cell_accuracy(results, key),
              "epoch": int(results.cells[key].last["epoch"])}
             for key in keys
