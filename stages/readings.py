@@ -1,6 +1,7 @@
 """Which reading of energy aligning wins on held-out images, over all cells of a plan."""
 
-from longtail import readings, stage
+from longtail import files, plots, readings, stage
 
 with stage.run("plan", "cells", "out") as (args, params):
-    readings.write(params[f"plans.{args.plan}"], cells_dir=args.cells, out_dir=args.out)
+    drawn = readings.write(params[f"plans.{args.plan}"], cells_dir=args.cells, out_dir=args.out)
+    files.write_bytes(f"{args.out}/energies.png", plots.energies(drawn))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from sklearn.base import clone
 
-from longtail import files, metrics, plots, posthoc
+from longtail import files, metrics, posthoc
 from longtail.predictions import product
 
 AXES = ("datasets", "recipes", "methods", "seeds")
@@ -157,8 +157,10 @@ def pooled(cells: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
     return [row for row, _ in table]
 
 
-def write(plan: Mapping[str, Any], *, cells_dir: str, out_dir: str) -> None:
-    """Write readings.md, readings.csv (means over the cells of each method and of all) and energies.png.
+def write(plan: Mapping[str, Any], *, cells_dir: str, out_dir: str) -> dict[str, list[dict[str, str]]]:
+    """Write readings.md and readings.csv (means over the cells of each method and of all).
+
+    Returns the energies of each method's first cell, for longtail.plots.energies.
 
     Raises ValueError naming the file for a cell that has not run.
     """
@@ -178,7 +180,7 @@ def write(plan: Mapping[str, Any], *, cells_dir: str, out_dir: str) -> None:
         ["method", *COLUMNS, "behind", "behind_se"],
     )
     files.write_text(f"{out_dir}/readings.md", markdown(plan, tables, steepness(seen)))
-    files.write_bytes(f"{out_dir}/energies.png", plots.energies({method: cells[0] for method, cells in seen.items()}))
+    return {method: cells[0] for method, cells in seen.items()}
 
 
 def steepness(cells: Mapping[str, Sequence[Sequence[Mapping[str, str]]]]) -> list[dict[str, Any]]:
