@@ -88,7 +88,7 @@ def test_a_stage_run_by_hand_says_what_to_do(script):
         "evaluate.py": ["predictions", "alignment", "history", "out"],
         "compare.py": ["predictions", "out"],
         "readings.py": ["plan", "cells", "out"],
-        "report.py": ["plan", "cells", "published", "out"],
+        "report.py": ["plan", "cells", "published", "times", "out"],
         "show.py": ["table", "page"],
     }[script]
     command = [sys.executable, f"stages/{script}", *(word for flag in flags for word in (f"--{flag}", "x"))]
