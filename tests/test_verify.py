@@ -1,7 +1,9 @@
 """`longtail verify` in a bare clone: no data, no cache, nothing trained; and what it says when something moved."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -73,6 +75,24 @@ def test_a_missing_result_is_no_clone_without_a_cache(bare):
     code, text = said(bare, PLAN)
     assert code == 1 and f"evaluate-{PLAN}@{CELL}: changed outs {path} deleted" in text
     assert "runs/" not in text  # what git does not keep is not missed
+    put_back(bare)
+
+
+@pytest.mark.slow
+def test_a_pull_request_is_compared_in_markdown(bare):
+    """What .github/workflows/results.yml comments."""
+    change(bare / "params.yaml", "ece_bins: 15", "ece_bins: 16")
+    change(bare / "results/quick/summary.json", '"accuracy": 0.9', '"accuracy": 0.8')
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        [".ci/compare", "HEAD"], cwd=bare, capture_output=True, text=True, env=os.environ | {"PATH": path}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    committed, metrics, params = done.stdout.split("### ")[1:]
+    assert committed.startswith("Committed results") and "results/quick/summary.json: not what" in committed
+    rows = [line for line in metrics.splitlines() if line.startswith("| results/")]
+    assert len(rows) == 1 and "digits_if20.digits." in rows[0] and rows[0].count("-0.1") == 1
+    assert "evaluate.ece_bins" in params and "16" in params
     put_back(bare)
 
 
