@@ -156,6 +156,9 @@ def test_best_on_test_is_shown_beside_the_last_epoch_and_called_optimistic(cells
     assert row["accuracy_mean"] == pytest.approx(0.52)
     assert row["best_on_test_mean"] == pytest.approx(0.57)
     assert find(table_of(cells), "ce", "aligned_on_train")["best_on_test_mean"] is None
+    make_cell(cells / "toy_if10/plain/ce/1", 0.57, test_accuracy=[None, 0.53, 0.56])  # bf16 in training, fp32 after
+    assert find(table_of(cells), "ce")["best_on_test_mean"] == pytest.approx((0.58 + 0.57) / 2)
+    make_cell(cells / "toy_if10/plain/ce/1", 0.54, test_accuracy=[None, 0.56, 0.54])
     table = report.markdown(outcomes.read("toy", PLAN, cells), [])
     lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")]
     assert lines[2][1] == "Cross-entropy"
