@@ -78,7 +78,7 @@ def test_a_page_with_a_fault_is_noticed(chromium, tmp_path):
 
 @pytest.fixture(scope="module")
 def mlflow(tmp_path_factory):
-    """A server on a store of its own, into which the results of `quick` were tracked in a bare clone; and that clone."""
+    """A server on a store of its own, into which a bare clone tracked its results of `quick`; and that clone."""
     folder = tmp_path_factory.mktemp("mlflow")
     clone = folder / "clone"
     subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
