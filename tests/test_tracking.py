@@ -19,8 +19,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from longtail import files, live, tracking
-from longtail.finished import CELL_FILES, MEASURES, TrackingError
+from longtail.finished import MEASURES, TrackingError
 from longtail.live import Live, fingerprint
+from longtail.outcomes import CELL_FILES
 from longtail.tracking import sync, track
 
 SRC = Path(live.__file__).parents[1]

@@ -83,8 +83,8 @@ def run(plan: str, only: str, jobs: int) -> int:
     return len(failed)
 
 
-def main() -> None:
-    """Entry point of `longtail`."""
+def arguments() -> argparse.ArgumentParser:
+    """The commands and their flags."""
     parser = argparse.ArgumentParser(prog="longtail", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("run", help="run a plan's cells side by side on this machine, then its report")
@@ -110,6 +110,12 @@ def main() -> None:
             one.add_argument("--alias", default="champion", help="that points at this version (default: champion)")
     commands.add_parser("check", help="check params.yaml")
     commands.add_parser("correct", help="correct anyone's logits, in files", add_help=False)
+    return parser
+
+
+def main() -> None:
+    """Entry point of `longtail`."""
+    parser = arguments()
     args, rest = parser.parse_known_args()
     if args.command == "correct":  # the one that needs no repository
         from longtail import correct  # a second: not for the other commands

@@ -13,6 +13,7 @@ import yaml
 
 from longtail import files
 from longtail.live import digest, fingerprint, plain
+from longtail.outcomes import CELL_FILES
 
 LOCK = "stages/dvc.lock"
 STAGES = ("train", "predict", "align", "evaluate")
@@ -45,7 +46,6 @@ RELATIVES = {  # accuracy alone; the name says what has to be held against it
     "logit_adjusted": "logit adjustment",
     "rebalanced_on_test": "re-balanced: transductive",
 }
-CELL_FILES = ("metrics.json", "classes.csv", "history.csv", "distributions.csv", "reliability.csv", "right.csv")
 CURVES = ("lr", "loss", "train_accuracy", "held_out_accuracy", "test_accuracy")
 MACHINE = ("device", "cpu", "gpu", "threads")
 MACHINE_METRICS = {"seconds": "training seconds", "images_per_s": "images per s"}
