@@ -18,11 +18,13 @@ __all__ = [
     "Numbers",
     "Positive",
     "Seed",
+    "Share",
     "Url",
 ]
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]+(_[a-z0-9]+)*$")]  # no '-': it separates a stage name's parts
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Numbers = Annotated[list[float], Field(min_length=1)]
