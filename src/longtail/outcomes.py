@@ -17,6 +17,7 @@ import numpy as np
 
 from longtail import files
 
+RATIO = "gradient_ratio_"  # and the class: columns of a history that recorded them
 MEASURES = ("accuracy", "many", "medium", "few", "balanced_error", "nll", "ece", "top5", "geometric_mean",
             "worst_class", "macro_f1", "brier", "ece_equal_mass", "mce", "classwise_ece", "aurc")  # fmt: skip
 HIGHEST = {"nll": math.inf, "brier": 2.0}  # of the others 1
@@ -373,6 +374,27 @@ def curves(results: Results) -> list[Row]:
         for key, cell in results.cells.items()
         for row in cell.history
     ]
+
+
+def gradients(results: Results) -> list[Row]:
+    """Gradient ratios (longtail.engine) where they were recorded: {dataset, recipe, method, epoch, class, train_images,
+    ratio}, geometric means over seeds."""
+    table = []
+    for (dataset, recipe, method), cells in results.groups():
+        found: dict[tuple[int, int], list[float]] = {}
+        for cell in cells.values():
+            for row in cell.history:
+                for column, text in row.items():
+                    if column.startswith(RATIO) and text and float(text) > 0:
+                        place = int(row["epoch"]), int(column.removeprefix(RATIO))
+                        found.setdefault(place, []).append(math.log(float(text)))
+        images = [int(row["train_images"]) for row in next(iter(cells.values())).classes] if found else []
+        table += [
+            {"dataset": dataset, "recipe": recipe, "method": method, "epoch": epoch, "class": c,
+             "train_images": images[c], "ratio": math.exp(statistics.fmean(logs))}
+            for (epoch, c), logs in found.items()
+        ]  # fmt: skip
+    return table
 
 
 def classes(results: Results) -> list[Row]:

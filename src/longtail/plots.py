@@ -67,6 +67,21 @@ def colours(methods: Sequence[str]) -> dict[str, str]:
     return {method: PALETTE[i % len(PALETTE)] for i, method in enumerate(methods)}
 
 
+def leading(table: Sequence[Row], baseline: str) -> list[str]:
+    """As many methods as there are colours, in the table's order: all, or the baseline and those of highest accuracy.
+
+    Accuracy is that of the raw rows, mean over recipes.
+    """
+    accuracies: dict[str, list[float]] = {}
+    for row in table:
+        accuracies.setdefault(row["method"], [])
+        if row["correction"] == "raw" and row["n"]:
+            accuracies[row["method"]].append(row["accuracy_mean"])
+    means = {method: mean(values) if values else -1.0 for method, values in accuracies.items()}
+    ranked = sorted(means, key=lambda method: (method != baseline, -means[method]))[: len(PALETTE)]
+    return [method for method in accuracies if method in ranked]
+
+
 @contextmanager
 def axes(width: int = WIDTH, height: int = HEIGHT) -> Iterator[Axes]:
     """Axes of a new picture in the report's style, whatever the reader's own matplotlib settings."""
@@ -219,6 +234,43 @@ def curves(
         )
         alt = f"{title} by epoch, recipe {recipe}; at the last epoch {', '.join(ends)}."
         return picture(axis, alt, f"{caption} Recipe {recipe}.")
+
+
+def gradients(rows: Sequence[Row], *, recipe: str, name: str) -> Figure:
+    """Gradient ratio by epoch, a line for each class, or where they are many for each of ten groups of neighbours.
+
+    Rows are {epoch, class, train_images, ratio}; a line is the geometric mean of its classes.
+    """
+    images = {row["class"]: row["train_images"] for row in rows}
+    ranked = sorted(images, key=lambda c: images[c])
+    parts = len(ranked) if len(ranked) < MANY_CLASSES else NEIGHBOURS
+    groups = [ranked[round(i * len(ranked) / parts) : round((i + 1) * len(ranked) / parts)] for i in range(parts)]
+    colours = matplotlib.colormaps["viridis"]
+    with axes(SMALL_WIDTH, SMALL_HEIGHT) as axis:
+        axis.axhline(1, color="#9a9a9a", linewidth=1, linestyle=(0, (2, 2)))
+        ends = []
+        for place, group in enumerate(groups):
+            logs: dict[int, list[float]] = {}
+            for row in rows:
+                if row["class"] in group:
+                    logs.setdefault(row["epoch"], []).append(math.log(row["ratio"]))
+            line = {epoch: math.exp(mean(values)) for epoch, values in sorted(logs.items())}
+            few, many = images[group[0]], images[group[-1]]
+            label = f"{few} to {many} images" if place in (0, len(groups) - 1) else None
+            axis.plot([*line], [*line.values()], color=colours(0.92 * place / max(len(groups) - 1, 1)), linewidth=1.3,
+                      marker="o" if len(line) == 1 else None, label=label)  # fmt: skip
+            ends.append(list(line.values())[-1])
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.yaxis.set_minor_formatter(lambda value, _: "")
+        axis.set(title=name, xlabel="epoch", ylabel="positive / negative gradient")
+        axis.locator_params(axis="x", integer=True)
+        axis.legend(loc="best")
+        alt = (
+            f"Gradient ratio by epoch, {name}, recipe {recipe}: at the last epoch {ends[0]:.2g} for the classes with "
+            f"fewest images and {ends[-1]:.2g} for those with most."
+        )
+        return picture(axis, alt, f"Lines: classes with few (dark) to many images (bright). Recipe {recipe}.")
 
 
 def under_shift(rows: Sequence[Row], *, recipe: str, names: Mapping[str, str], colours: Mapping[str, str]) -> Figure:
