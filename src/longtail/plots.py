@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import NullLocator
 from PIL import Image
 
 PALETTE = ("#4d4d4d", "#0072b2", "#d55e00", "#009e73", "#aa4499", "#b08800", "#56b4e9", "#882255")
@@ -400,6 +401,82 @@ def energies(cells: Mapping[str, Sequence[Mapping[str, str]]]) -> bytes:
         drawn = io.BytesIO()
         canvas.savefig(drawn, format="png", dpi=1.5 * PIXELS, metadata={"Software": None})
     return drawn.getvalue()
+
+
+def fisher(rows: Sequence[Row]) -> bytes:
+    """A PNG of longtail.fisher's rows: what was trained as marks, what theory says as lines.
+
+    Excess balanced error against the mean of taus, against the factor of miscalibrated experts, and against ECE.
+    """
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)  # type: ignore[arg-type]  # its names are a Literal
+        canvas = Canvas(figsize=(12.6, 4.2), layout="constrained")
+        panels = canvas.subplots(1, 3)
+        for axis, draw in zip(panels, (_by_mean_tau, _by_scale, _by_mixup), strict=True):
+            draw(axis, rows)
+        panels[0].set_ylabel("balanced error above Bayes (points)")
+        drawn = io.BytesIO()
+        canvas.savefig(drawn, format="png", dpi=1.5 * PIXELS, metadata={"Software": None})
+    return drawn.getvalue()
+
+
+def _by_mean_tau(axis: Axes, rows: Sequence[Row]) -> None:
+    axis.plot(*_points(rows, "mean tau, theory", "mean_tau", "predicted"), color=PALETTE[0], linewidth=1.4,
+              label="theory: Bayes' rule, prior ^ (1 − mean τ)")  # fmt: skip
+    for experts, marker, colour in (("quadratic", "o", PALETTE[1]), ("networks", "D", PALETTE[2])):
+        mine = [row for row in rows if row.get("experts") == experts]
+        places = _points(mine, "mean tau", "mean_tau", "measured")
+        axis.plot(*places, linestyle="none", marker=marker, markersize=8 if marker == "o" else 4.5, color=colour,
+                  markerfacecolor="none" if marker == "o" else colour, markeredgewidth=1.4,
+                  label=f"trained: {experts}")  # fmt: skip
+    balanced = [row for row in rows if row["experiment"] == "mean tau" and abs(row["mean_tau"] - 1) < 1e-9]
+    axis.annotate(f"{len(balanced)} sets of τ", (1, 0), (0, 12), textcoords="offset points", ha="center", fontsize=8.5)
+    axis.set(title="The mean of the taus decides", xlabel="mean τ of the experts")
+    axis.legend(loc="upper center")
+    axis.set_ylim(top=1.45 * axis.get_ylim()[1])  # room for the legend above the curve's arms
+
+
+def _by_scale(axis: Axes, rows: Sequence[Row]) -> None:
+    names = dict.fromkeys(row["name"] for row in rows if row["experiment"] == "miscalibrated")
+    for name, colour in zip(names, (PALETTE[3], PALETTE[5], PALETTE[4]), strict=True):
+        mine = [row for row in rows if row["name"] == name]
+        axis.plot(*_points(mine, "miscalibrated, theory", "scale", "predicted"), color=colour, linewidth=1.4)
+        axis.plot(*_points(mine, "miscalibrated", "scale", "measured"), linestyle="none", marker="o", markersize=6,
+                  color=colour, label=name)  # fmt: skip
+    axis.set(title="Experts made sharper", xlabel="factor (below 1: under-confident)", xscale="log")
+    scales = list(dict.fromkeys(_points(rows, "miscalibrated", "scale", "measured")[0]))
+    axis.set_xticks(scales, [f"{scale:.3g}" for scale in scales])
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.legend(loc="upper right", title="dots: measured, lines: theory", alignment="left")
+
+
+def _by_mixup(axis: Axes, rows: Sequence[Row]) -> None:
+    mixed = [row for row in rows if row["experiment"] == "mixup"]
+    kinds = dict.fromkeys((row["images"], row["name"]) for row in mixed)
+    names, sizes = ([*dict.fromkeys(kind[place] for kind in kinds)] for place in (1, 0))
+    for images, name in kinds:
+        mine = [row for row in mixed if (row["images"], row["name"]) == (images, name)]
+        ece, excess = ([100 * row[key] for row in mine] for key in ("ece", "measured"))
+        colour, marker = PALETTE[(0, 1)[names.index(name)]], "os^v"[sizes.index(images) % 4]
+        axis.plot(ece, excess, linestyle="none", marker=marker, markersize=4, color=colour, alpha=0.4,
+                  markeredgewidth=0)  # fmt: skip
+        axis.errorbar(mean(ece), mean(excess), xerr=_sd(ece), yerr=_sd(excess), marker=marker, markersize=8,
+                      color=colour, linewidth=1.2, label=f"{images} images, {name}")  # fmt: skip
+    axis.set(title="Networks that over-fit", xlabel="ECE of the experts (points)", xlim=(0, None), ylim=(0, None))
+    axis.legend(loc="lower right")
+
+
+def _points(rows: Sequence[Row], experiment: str, across: str, up: str) -> tuple[list[float], list[float]]:
+    """What a line or its marks go through, errors in points."""
+    mine = [row for row in rows if row["experiment"] == experiment]
+    return [row[across] for row in mine], [100 * row[up] for row in mine]
+
+
+def _sd(values: Sequence[float]) -> float:
+    """Sample standard deviation."""
+    middle = mean(values)
+    return math.sqrt(sum((value - middle) ** 2 for value in values) / (len(values) - 1))
 
 
 def _smooth(values: Sequence[float], width: int = 9) -> list[float]:
