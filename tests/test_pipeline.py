@@ -239,6 +239,33 @@ def test_editing_a_loss_trains_its_cells_alone(clone):
     clone.repro()
 
 
+def documented(language: str) -> str:
+    """The first block of docs/methods.md in this language."""
+    text = (ROOT / "docs" / "methods.md").read_text()
+    return text.split(f"```{language}\n")[1].split("```")[0]
+
+
+def test_the_documented_method_is_a_file_and_a_block_and_trains_its_cells_alone(clone):
+    loss = clone.root / "src/longtail/losses/prior_smoothing.py"
+    loss.write_text(documented("python"))
+    added = yaml.safe_load(documented("yaml"))["methods"]["prior_smoothing"]
+    clone.edit("methods: [ce, gala]\n", "methods: [ce, gala, prior_smoothing]\n")
+    clone.edit("\n  focal:\n", f"\n  prior_smoothing: {json.dumps(added)}\n  focal:\n")
+    ran = clone.repro()
+    new = [f"{step}-quick@{CE.replace('-ce-', '-prior_smoothing-')}" for step in STAGES]
+    assert ran == ["check", "manifests", *new, "report@quick", "quick"]
+    assert "prior_smoothing" in (clone.root / "results/quick/table.md").read_text()
+    clone.edit('"share": 0.1', '"share": 2')
+    output = subprocess.run(
+        [sys.executable, "-m", "dvc", "repro"], cwd=clone.root, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(clone.root / "src")},
+    )  # fmt: skip
+    assert "methods.prior_smoothing.share = 2: input should be less than 1" in output.stdout + output.stderr
+    clone.restore()
+    loss.unlink()
+    clone.repro()
+
+
 def test_a_forced_run_has_the_same_bytes_and_another_seed_has_others(clone):
     names = [f"{step}-quick@{GALA}" for step in STAGES]
     before = {name: clone.outs(name) for name in names}
