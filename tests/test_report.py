@@ -556,16 +556,22 @@ def test_pictures_have_sizes_and_words(cells, published, tmp_path):
 def test_training_time_is_drawn_where_it_is_known(cells, published, tmp_path):
     times = tmp_path / "times.csv"
     rows = [
-        {"dataset": "toy_if10", "recipe": "plain", "method": "ce", "seed": 1, "seconds": 600},
-        {"dataset": "another", "recipe": "plain", "method": "ce", "seed": 1, "seconds": 60},
+        {"dataset": "toy_if10", "recipe": "plain", "method": "ce", "seed": 1, "seconds": 600, "memory_mib": ""},
+        {"dataset": "toy_if10", "recipe": "plain", "method": "balpoe", "seed": 0, "seconds": 60, "memory_mib": 900.5},
+        {"dataset": "another", "recipe": "plain", "method": "ce", "seed": 1, "seconds": 60, "memory_mib": 1},
     ]
     files.write_csv(times, rows, list(rows[0]))
     results = outcomes.read("toy", PLAN, cells, times)
-    assert results.minutes == {("toy_if10", "plain", "ce", 1): 10}
+    assert results.cost == {
+        ("toy_if10", "plain", "ce", 1): {"minutes": 10, "memory_mib": None},
+        ("toy_if10", "plain", "balpoe", 0): {"minutes": 1, "memory_mib": 900.5},
+    }
     page = Page(report.html(results, outcomes.read_published(published)))
-    assert page.images[-1]["alt"] == (
-        "Test accuracy against training time: Cross-entropy, recipe plain, 10 min 54.0 %."
-    )
+    assert [image["alt"] for image in page.images[-2:]] == [
+        "What training time buys: Cross-entropy, recipe plain, 10 min 54.0 %; BalPoE (3 experts), recipe plain, 1 min "
+        "60.0 %.",
+        "What memory buys: BalPoE (3 experts), recipe plain, 900 MiB 60.0 %.",
+    ]
     times.write_text("dataset,recipe\nx,y\n")
     with pytest.raises(ValueError, match=r"times\.csv: no column 'method'"):
         outcomes.read("toy", PLAN, cells, times)

@@ -49,7 +49,7 @@ RELATIVES = {  # accuracy alone; the name says what has to be held against it
 }
 CURVES = ("lr", "loss", "train_accuracy", "held_out_accuracy", "test_accuracy")
 MACHINE = ("device", "cpu", "gpu", "threads")
-MACHINE_METRICS = {"seconds": "training seconds", "images_per_s": "images per s"}
+MACHINE_METRICS = {"seconds": "training seconds", "images_per_s": "images per s", "memory_mib": "memory MiB"}
 
 
 class TrackingError(ValueError):

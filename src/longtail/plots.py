@@ -46,6 +46,7 @@ WIDTH, HEIGHT = 420, 300
 WIDE = 600
 SMALL_WIDTH, SMALL_HEIGHT = 320, 260  # four in a row on a wide page
 PIXELS = 96  # CSS pixels in an inch
+MANY_MARKS = 16  # a legend of more would hide them
 MANY_CLASSES = 30  # from here on, classes are summed up by neighbours
 NEIGHBOURS = 10
 PALETTE_SIZE = 64  # a chart needs no more colours, and the page is a quarter of the size
@@ -349,21 +350,29 @@ def reliability(rows: Sequence[Row], *, recipe: str, names: Mapping[str, str], c
                                   f"Recipe {recipe}.")  # fmt: skip
 
 
-def cost(rows: Sequence[Row], *, names: Mapping[str, str], colours: Mapping[str, str]) -> Figure:
-    """Test accuracy against minutes of training, a mark a cell: colour is the method, shape the recipe."""
+COSTS = {  # title, axis, unit
+    "minutes": ("What training time buys", "minutes of training", "min"),
+    "memory_mib": ("What memory buys", "most memory in training (MiB)", "MiB"),
+}
+
+
+def cost(rows: Sequence[Row], what: str, *, names: Mapping[str, str], colours: Mapping[str, str]) -> Figure:
+    """Test accuracy against one of COSTS, a mark a cell: colour is the method, shape the recipe."""
+    title, axis_label, unit = COSTS[what]
     recipes = list(dict.fromkeys(row["recipe"] for row in rows))
     with axes() as axis:
         said = []
         for recipe, method in dict.fromkeys((row["recipe"], row["method"]) for row in rows):
             mine = [row for row in rows if (row["recipe"], row["method"]) == (recipe, method)]
-            minutes, accuracy = ([row["minutes"] for row in mine], [100 * row["accuracy"] for row in mine])
-            axis.plot(minutes, accuracy, linestyle="none", marker="osD^vP"[recipes.index(recipe) % 6], markersize=5.5,
+            spent, accuracy = ([row[what] for row in mine], [100 * row["accuracy"] for row in mine])
+            axis.plot(spent, accuracy, linestyle="none", marker="osD^vP"[recipes.index(recipe) % 6], markersize=5.5,
                       color=colours[method], label=f"{names[method]}, {recipe}")  # fmt: skip
-            said.append(f"{names[method]}, recipe {recipe}, {mean(minutes):.0f} min {mean(accuracy):.1f} %")
-        axis.set(title="What training time buys", xlabel="minutes of training", ylabel="test accuracy (%)")
+            said.append(f"{names[method]}, recipe {recipe}, {mean(spent):.0f} {unit} {mean(accuracy):.1f} %")
+        axis.set(title=title, xlabel=axis_label, ylabel="test accuracy (%)")
         axis.set_xlim(left=0)
-        axis.legend(loc="best")
-        alt = f"Test accuracy against training time: {'; '.join(said)}."
+        if len(said) <= MANY_MARKS:
+            axis.legend(loc="best")
+        alt = f"{title}: {'; '.join(said)}."
         machine = "On the machine of benchmarks/results/time_to_accuracy.md; looks at test accuracy included."
         return picture(axis, alt, machine)
 

@@ -393,11 +393,12 @@ def figures(results: Results, table: Sequence[Row], dataset: str) -> dict[str, l
     first = [row for row in by_class if all(row[k] == by_class[0][k] for k in ("recipe", "method"))]
     drawn[""].insert(1, plots.class_profile(first, dataset=dataset))
     timed = [
-        {"recipe": key[1], "method": key[2], "minutes": minutes, "accuracy": results.cells[key].last[RAW]["accuracy"]}
-        for key, minutes in results.minutes.items() if key[0] == dataset
+        {"recipe": key[1], "method": key[2], "accuracy": results.cells[key].last[RAW]["accuracy"], **cost}
+        for key, cost in results.cost.items() if key[0] == dataset
     ]  # fmt: skip
-    if timed:
-        drawn["Training"].append(plots.cost(timed, **style))
+    for what in plots.COSTS:
+        if known := [row for row in timed if row[what] is not None]:
+            drawn["Training"].append(plots.cost(known, what, **style))
     return drawn
 
 
