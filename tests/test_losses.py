@@ -214,6 +214,19 @@ def test_gala_in_balpoe_starts_as_balpoe():
         torch.testing.assert_close(theta_C / theta_C.sum(), COUNTS_C / COUNTS_C.sum())
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "count", "taus"),
+    [(0, 2, 3, [0, 1, 2]), (-1, 3, 5, [-1, 0, 1, 2, 3]), (0, 2, 1, [1]), (1, 1, 2, [1, 1])],
+)
+def test_biases_may_be_limits_and_a_count(low, high, count, taus):
+    limits = {"low": low, "high": high, "count": count}
+    for method in ("balpoe", "gala_balpoe"):
+        loss, listed = (losses.load(method)(COUNTS_C, taus=given) for given in (limits, taus))
+        for name, value in listed.state_dict().items():
+            torch.testing.assert_close(loss.state_dict()[name], value)
+        assert loss.experts == count
+
+
 @pytest.mark.parametrize("method", ["balpoe", "gala_balpoe"])
 def test_another_number_of_experts_is_refused(method):
     with pytest.raises(ValueError, match="2 experts for 3 taus"):

@@ -109,6 +109,8 @@ BAD = [
     ("recipes.digits.optimizer.momentum", 1.0, "momentum = 1.0: input should be less than 1"),
     ("recipes.digits.optimizer.muon_weight_decay", 0.1, "muon_weight_decay is of no effect without muon_lr"),
     ("methods.gala.lambda1", -1, "methods.gala.lambda1 = -1: input should be greater than or equal to 0"),
+    ("methods.balpoe.taus", {"low": 0, "high": 2}, "a list of numbers, or {low: number, high: number, count: whole"),
+    ("methods.balpoe.taus", {"low": 0, "high": 2, "count": 0}, "list should have at least 1 item"),
     ("methods.balpoe.taus", [], "methods.balpoe.taus = []: list should have at least 1 item"),
     ("align.reading", "magic", "align.reading = 'magic': input should be 'all_samples', 'own_samples'"),
     ("evaluate.ece_bins", 0, "evaluate.ece_bins = 0: input should be greater than or equal to 1"),

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from longtail import processes
 from longtail.losses import BaseLoss
+from longtail.losses.balpoe import biases
 from longtail.losses.gala import EPSILON
-from longtail.ranges import Numbers
+from longtail.ranges import Biases
 
 
 class Loss(BaseLoss):
@@ -29,11 +30,14 @@ class Loss(BaseLoss):
     theta_EC: Tensor
     step_EC: Tensor
 
-    def __init__(self, class_counts_C: Tensor, *, taus: Numbers):
+    def __init__(self, class_counts_C: Tensor, *, taus: Biases):
         super().__init__()
+        taus = biases(taus)
         self.experts = len(taus)
         zeros_EC = torch.zeros(self.experts, len(class_counts_C), device=class_counts_C.device)
-        self.register_buffer("tau_E11", torch.tensor(taus, device=class_counts_C.device).view(-1, 1, 1))
+        self.register_buffer(
+            "tau_E11", torch.tensor(taus, dtype=torch.float, device=class_counts_C.device).view(-1, 1, 1)
+        )
         self.register_buffer("positive_EC", zeros_EC.clone())
         self.register_buffer("theta_EC", zeros_EC.clone())
         self.step_EC = zeros_EC  # empty between steps
