@@ -93,12 +93,14 @@ def declared() -> Stage:
     if not address:
         sys.exit(f"{sys.argv[0]} is a stage of the pipeline: run it with `dvc repro`, see README.md")
     from dvc.repo import Repo  # half a second: only where a stage really runs
+    from dvc.utils import parse_target
     from dvc.utils.strictyaml import YAMLSyntaxError, YAMLValidationError
 
+    path, name = parse_target(address)
     for attempt in range(READS):
         try:
             with Repo() as repo:
-                stage = repo.stage.collect(address)[0]
+                stage = repo.stage.load_one(path or "dvc.yaml", name)  # without the hundreds of other stages
                 break
         except (YAMLSyntaxError, YAMLValidationError):  # another dvc is writing dvc.lock, which is not whole meanwhile
             if attempt == READS - 1:
