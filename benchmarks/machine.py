@@ -7,7 +7,8 @@ import torch
 
 from benchmarks.common import DEVICE, PRECISION
 from benchmarks.harness import Setting, serve
-from longtail import inference, training
+from longtail import inference
+from longtail import machine as this_machine
 
 TRIES = 3
 
@@ -26,6 +27,6 @@ def product_rate(side: int) -> float:
 
 if __name__ == "__main__":
     side = Setting.from_command_line().side
-    about = {**training.describe(DEVICE), "cores": len(os.sched_getaffinity(0)), "precision": PRECISION}
+    about = {**this_machine.describe(DEVICE), "cores": len(os.sched_getaffinity(0)), "precision": PRECISION}
     product_rate(side)  # warm
     serve(about, {"product": lambda: product_rate(side)})

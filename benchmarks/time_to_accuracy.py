@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.harness import RESULTS, ROOT, Report
 
 COLUMNS = ("dataset", "recipe", "method", "seed", "training", "epochs", "accuracy", "seconds", "images_per_s",
-           "device", "cpu", "threads")  # fmt: skip
+           "memory_mib", "device", "cpu", "threads")  # fmt: skip
 KEY = COLUMNS[:4]
 Row = dict[str, Any]
 
@@ -57,7 +57,8 @@ def collect(root: Path, plan: str) -> list[Row]:
             "epochs": result.last_epoch,
             "accuracy": result.metrics["accuracy"],
             "seconds": result.seconds,
-            "images_per_s": result.metrics["images per s"],
+            "images_per_s": result.metrics.get("images per s", ""),
+            "memory_mib": result.metrics.get("memory MiB", ""),
             **{key: result.tags[f"longtail.{key}"] for key in ("device", "cpu", "threads")},
         }
         for result in results
@@ -107,7 +108,7 @@ def write(rows: Sequence[Row], path: Path) -> None:
 def read(path: Path) -> list[Row]:
     """The rows of the csv, as text."""
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        return [{key: row.get(key, "") for key in COLUMNS} for row in csv.DictReader(file)]
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

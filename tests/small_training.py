@@ -34,7 +34,7 @@ RECIPE = {
 }  # fmt: skip
 METHODS = {
     "ce": {},
-    "gala": {"lambda1": 1.0, "lambda2": 1.0},
+    "gala": {"variant": "released", "accumulation": "double", "lambda1": 1.0, "lambda2": 1.0},
     "balpoe": {"taus": [0.0, 2.0]},
 }
 

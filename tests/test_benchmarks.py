@@ -53,7 +53,8 @@ def test_time_to_accuracy_keeps_what_was_measured_elsewhere(tmp_path, monkeypatc
     module = importlib.import_module("benchmarks.time_to_accuracy")
     cell = {
         "dataset": "d", "recipe": "long", "method": "ce", "seed": "1", "training": "x", "epochs": 200,
-        "accuracy": 0.40, "seconds": 6000.0, "images_per_s": 100.0, "device": "cpu", "cpu": "c", "threads": "1",
+        "accuracy": 0.40, "seconds": 6000.0, "images_per_s": 100.0, "memory_mib": 1500.0,
+        "device": "cpu", "cpu": "c", "threads": "1",
     }  # fmt: skip
     again = {**cell, "seed": "2", "accuracy": 0.42}
     short = {**cell, "recipe": "fast", "epochs": 40, "accuracy": 0.39, "seconds": 1200.0}
@@ -80,11 +81,12 @@ def test_time_to_accuracy_reads_the_cells_that_were_trained_here(tmp_path, monke
     module = importlib.import_module("benchmarks.time_to_accuracy")
     training = add_cell(tmp_path, "ce", accuracy=0.5)
     add_cell(tmp_path, "gala", accuracy=0.6)  # trained elsewhere: nobody knows how long it took
-    machine = {"training": training, "seconds": 80.0, "images_per_s": 50.0, "device": "cpu", "cpu": "c", "threads": 2}
+    machine = {"training": training, "seconds": 80.0, "images_per_s": 50.0, "memory_mib": 9.5}
+    machine |= {"device": "cpu", "cpu": "c", "threads": 2}
     files.write_json(tmp_path / "runs/quick/digits_if20/digits/ce/0/machine.json", machine)
     (row,) = module.collect(tmp_path, "quick")
     assert tuple(row) == module.COLUMNS
-    assert [*row.values()] == ["digits_if20", "digits", "ce", "0", training, 4, 0.5, 80.0, 50.0, "cpu", "c", "2"]
+    assert [*row.values()] == ["digits_if20", "digits", "ce", "0", training, 4, 0.5, 80.0, 50.0, 9.5, "cpu", "c", "2"]
 
 
 def test_posthoc(tmp_path, monkeypatch):

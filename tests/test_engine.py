@@ -87,7 +87,9 @@ def fit(
 ) -> engine.Fitted:
     train, held = splits()
     arguments = {
-        "gala": {"lambda1": 1.0, "lambda2": 1.0}, "ce": {}, "balpoe": {"taus": [0.0, 2.0]},
+        "gala": {"variant": "released", "accumulation": "double", "lambda1": 1.0, "lambda2": 1.0},
+        "ce": {}, "class_balanced_sampling": {}, "balpoe": {"taus": [0.0, 2.0]},
+        "ldam": {"max_margin": 0.5, "deferred": 0.5, "beta": 0.99},
     }[method]  # fmt: skip
     inference.set_up(seed)
     loss = losses.load(method)(torch.bincount(train.labels), **arguments)
@@ -322,3 +324,88 @@ def test_an_unknown_device_is_named(monkeypatch):
     monkeypatch.setenv("LONGTAIL_DEVICE", "abacus")
     with pytest.raises(ValueError, match="LONGTAIL_DEVICE=abacus: no such device"):
         inference.find_device()
+
+
+def test_class_balanced_sampling_draws_each_class_alike():
+    train, _ = splits()
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.cat([batches.draw_order(train, class_balanced=True, generator=generator) for _ in range(200)])
+    share_C = torch.bincount(train.labels[drawn]) / len(drawn)
+    torch.testing.assert_close(share_C, torch.full((3,), 1 / 3), atol=0.02, rtol=0)
+    share_N = torch.bincount(drawn, minlength=len(train)) / len(drawn)  # and each image of a class
+    torch.testing.assert_close(share_N, (1 / 3 / torch.bincount(train.labels))[train.labels].float(), atol=0.01, rtol=0)
+
+
+def test_without_it_every_image_comes_once():
+    train, _ = splits()
+    order = batches.draw_order(train, class_balanced=False, generator=torch.Generator().manual_seed(0))
+    assert order.sort().values.tolist() == list(range(len(train)))
+
+
+def test_a_loss_asks_for_class_balanced_batches():
+    plain, balanced = fit(method="ce"), fit(method="class_balanced_sampling")
+    assert plain.last != balanced.last
+    assert balanced.last == fit(method="class_balanced_sampling").last
+
+
+def test_a_loss_is_told_the_epoch_and_a_deferred_one_departs_there(monkeypatch):
+    """LDAM re-weights after half of four epochs: until then it is LDAM that never does."""
+    told = []
+    original = losses.load("ldam").start_epoch
+    monkeypatch.setattr(
+        losses.load("ldam"), "start_epoch", lambda self, *args: (told.append(args), original(self, *args))[1]
+    )
+    deferred = fit(method="ldam", epochs=4, mixup_alpha=0).history
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    monkeypatch.setattr(losses.load("ldam"), "start_epoch", lambda self, *args: None)
+    never = fit(method="ldam", epochs=4, mixup_alpha=0).history
+    assert deferred[:2] == never[:2] and deferred[2] != never[2]
+
+
+class Recording:
+    """Gradients of cross-entropy by hand, from the logits that the engine gave the loss."""
+
+    def __init__(self, monkeypatch):
+        self.positive, self.negative = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+        original = losses.load("ce").forward
+
+        def forward(loss, logits_EBC, labels_B, weight=1.0):
+            p_BC = logits_EBC[0].detach().double().softmax(1)
+            for i, y in enumerate(labels_B.tolist()):
+                for j in range(3):
+                    if j == y:
+                        self.positive[j] += weight * (1 - p_BC[i, j]) / len(labels_B)
+                    else:
+                        self.negative[j] += weight * p_BC[i, j] / len(labels_B)
+            return original(loss, logits_EBC, labels_B, weight)
+
+        monkeypatch.setattr(losses.load("ce"), "forward", forward)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_gradient_ratios_are_their_twin_and_change_nothing_else(monkeypatch, every):
+    without = fit(method="ce", mixup_alpha=0, epochs=2, drop_last=True)
+    seen = Recording(monkeypatch)
+    fitted = fit(method="ce", mixup_alpha=0, epochs=2, drop_last=True, gradients_every=every)
+    assert fitted.last == without.last
+    ratios = [[row.get(f"gradient_ratio_{c}") for c in range(3)] for row in fitted.history]
+    assert (ratios[0][0] is None) == (every == 2)
+    if every == 2:
+        assert ratios[1] == pytest.approx((seen.positive / seen.negative).tolist(), rel=1e-3)
+    assert ratios[1][0] > ratios[1][2]  # the small class is pushed down more than up
+
+
+def test_gradient_ratios_of_a_resumed_training_are_those_of_an_uninterrupted_one(tmp_path):
+    class StopError(Exception):
+        pass
+
+    def stop(row):
+        if row["epoch"] == 2:
+            raise StopError
+
+    settings = {"method": "ce", "epochs": 4, "gradients_every": 3}
+    whole = fit(**settings)
+    checkpoint = Checkpoint(tmp_path / "c.pt", "a", every_s=0)
+    with pytest.raises(StopError):
+        fit(**settings, checkpoint=checkpoint, on_epoch=stop)
+    assert fit(**settings, checkpoint=checkpoint).history == whole.history

@@ -33,7 +33,11 @@ BAD = [
     # unknown
     ("plan", {}, "plan: unknown key; allowed: plans, sources, datasets"),
     ("evaluate.bins", 15, "evaluate.bins = 15: unknown key; allowed: ece_bins, many_above, few_below"),
-    ("methods.gala.lamda1", 1.0, "methods.gala.lamda1 = 1.0: unknown key; allowed: lambda1, lambda2"),
+    (
+        "methods.gala.lamda1",
+        1.0,
+        "methods.gala.lamda1 = 1.0: unknown key; allowed: variant, accumulation, lambda1, lambda2",
+    ),
     ("methods.ce.tau", 1.0, "methods.ce.tau = 1.0: unknown key; allowed: no key at all"),
     (
         "recipes.gala.optimizer.learning_rate",
@@ -105,6 +109,8 @@ BAD = [
     ("recipes.digits.optimizer.momentum", 1.0, "momentum = 1.0: input should be less than 1"),
     ("recipes.digits.optimizer.muon_weight_decay", 0.1, "muon_weight_decay is of no effect without muon_lr"),
     ("methods.gala.lambda1", -1, "methods.gala.lambda1 = -1: input should be greater than or equal to 0"),
+    ("methods.balpoe.taus", {"low": 0, "high": 2}, "a list of numbers, or {low: number, high: number, count: whole"),
+    ("methods.balpoe.taus", {"low": 0, "high": 2, "count": 0}, "list should have at least 1 item"),
     ("methods.balpoe.taus", [], "methods.balpoe.taus = []: list should have at least 1 item"),
     ("align.reading", "magic", "align.reading = 'magic': input should be 'all_samples', 'own_samples'"),
     ("evaluate.ece_bins", 0, "evaluate.ece_bins = 0: input should be greater than or equal to 1"),
@@ -114,10 +120,37 @@ BAD = [
     # names
     ("sources.digits.reader", "mnist", "sources.digits.reader = 'mnist': must be one of cifar, digits"),
     ("datasets.digits_if20.source", "mnist", "source = 'mnist': not in sources; there are digits, cifar10"),
-    ("plans.quick.methods", ["focal"], "plans.quick.methods = 'focal': not in methods; there are ce,"),
+    ("plans.quick.methods", ["magic"], "plans.quick.methods = 'magic': not in methods; there are ce,"),
+    (
+        "plans.quick.methods",
+        ["ce", "crt"],
+        "plans.quick.trained = None: must be ['ce'], the plan's methods of that kind",
+    ),
+    (
+        "plans.quick.methods",
+        ["ce", "crt"],
+        "plans.quick.refit = None: must be ['crt'], the plan's methods of that kind",
+    ),
+    ("plans.quick.methods", ["crt"], "plans.quick.methods: lacks ce, which others of them start from"),
+    ("plans.quick.refit", ["ce"], "plans.quick.refit = ['ce']: must be [], the plan's methods of that kind"),
+    ("plans.quick.fuse", ["magic"], "plans.quick.fuse = ['magic']: must be [], the plan's methods of that kind"),
+    (
+        "methods.balpoe_apart.fuse",
+        ["ce", "magic"],
+        "methods.balpoe_apart.fuse = 'magic': not in methods; there are ce,",
+    ),
+    ("methods.balpoe_apart.fuse", ["ce"], "methods.balpoe_apart.fuse = ['ce']: list should have at least 2 items"),
+    ("methods.ldam_drw.loss", "ldem", "methods.ldam_drw.loss = 'ldem': no file src/longtail/losses/ldem.py; there are"),
+    ("methods.mine", {"refit": "ce"}, "methods.mine.refit = 'ce': no file src/longtail/heads/ce.py; there are crt,"),
+    ("methods.crt.epochs", 0, "methods.crt.epochs = 0: input should be greater than or equal to 1"),
+    (
+        "methods.gala.variant",
+        "mine",
+        "methods.gala.variant = 'mine': input should be 'released', 'paper' or 'classifier'",
+    ),
     ("plans.quick.seeds", [0, 0], "seeds names something twice: [0, 0]"),
     ("plans.quick.seeds", [], "plans.quick.seeds = []: list should have at least 1 item"),
-    ("methods.focal", {}, "methods.focal: no file src/longtail/losses/focal.py; there are balanced_softmax,"),
+    ("methods.magic", {}, "methods.magic: no file src/longtail/losses/magic.py; there are balanced_softmax,"),
     ("datasets.CIFAR-100", {}, "datasets.CIFAR-100: a name is lower-case letters and digits"),
 ]
 
@@ -127,6 +160,48 @@ def test_bad_value(key, value, message):
     with pytest.raises(params.ParamsError, match=re.escape(message)) as caught:
         params.validate(changed(key, value))
     assert str(caught.value).startswith(f"params.yaml: {key.split('.')[0]}")
+
+
+LARGE = {"architecture": "resnet50", "head": "cosine", "scale": 30}
+BAD_NETWORKS = [
+    (
+        {**LARGE, "depth": 50},
+        ["network.depth = 50: unknown key; allowed: head, scale, architecture"],
+    ),
+    (
+        {"depth": 32, "width": 16, "heads": 2, "head": "linear", "scale": 1},
+        ["network.heads = 2: unknown key; allowed: head, scale, depth, width"],
+    ),
+    (
+        {"head": "linear", "scale": 1},
+        [
+            "network.depth: missing; allowed: head, scale, depth, width",
+            "network.width: missing; allowed: head, scale, depth, width",
+        ],
+    ),
+    (
+        {"architecture": "resnet50", "head": "cosine"},
+        ["network.scale: missing; allowed: head, scale, architecture"],
+    ),
+    (
+        {**LARGE, "architecture": "resnet51"},
+        ["network.architecture = 'resnet51': input should be 'resnet10', 'resnet50', 'resnet152' or 'resnext50_32x4d'"],
+    ),
+    ({**LARGE, "head": "linear"}, ["network: a linear head has scale: 1"]),
+    ("resnet50", ["network = 'resnet50': input should be a valid dictionary or instance of CifarNetwork"]),
+]
+
+
+@pytest.mark.parametrize(("network", "messages"), BAD_NETWORKS)
+def test_bad_network(network, messages):
+    with pytest.raises(params.ParamsError) as caught:
+        params.validate(changed("recipes.gala.network", network))
+    assert str(caught.value).splitlines() == [f"params.yaml: recipes.gala.{message}" for message in messages]
+
+
+def test_a_network_has_a_depth_or_an_architecture():
+    params.validate(changed("recipes.gala.network", {"depth": 20, "width": 16, "head": "linear", "scale": 1}))
+    params.validate(changed("recipes.gala.network", LARGE))
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,11 @@
 """The contract of the pipeline: what stages declare, what re-runs, what comes back, in a real `dvc repro`."""
 
-import ast
 import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -15,49 +13,10 @@ import yaml
 from conftest import ROOT
 from dvc.repo import Repo
 
-from longtail import cli
+from longtail import cli, manifest
+from longtail.finished import STAGES
 
-PACKAGE = ROOT / "src" / "longtail"
-# What cannot change a result: the stage's frame, the schema (it only refuses), and tracking.
-PLUMBING = {"__init__.py", "live.py", "params.py", "ranges.py", "stage.py"}
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
-
-
-def imported(file: Path) -> set[Path]:
-    """Files of the package that a file imports, by its source."""
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        names = []
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("longtail"):
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names if alias.name.startswith("longtail")]
-        for name in names:
-            path = ROOT / "src" / Path(*name.split("."))
-            found |= {p for p in (path.with_suffix(".py"), path / "__init__.py") if p.exists()}
-    return found
-
-
-def code_of(stage) -> set[str]:
-    """The script and every file that it imports, those by name included, but for plumbing; paths from the root."""
-    script = ROOT / stage.cmd.split()[1]
-    words = stage.cmd.split()
-    todo, found = [script], {script}
-    if "--method" in words:
-        todo.append(PACKAGE / "losses" / f"{words[words.index('--method') + 1]}.py")
-    if script.name == "download.py":
-        source = words[words.index("--source") + 1]
-        todo.append(PACKAGE / "sources" / PARAMS["sources"][source]["reader"] / "__init__.py")
-    if script.name == "report.py":
-        found.add(PACKAGE / "report.html.j2")
-    found |= set(todo)
-    while todo:
-        for file in imported(todo.pop()) - found:
-            if file.parent == PACKAGE and file.name in PLUMBING:  # but a subpackage's __init__ is no plumbing
-                continue
-            found.add(file)
-            todo.append(file)
-    return {file.relative_to(ROOT).as_posix() for file in found}
 
 
 @pytest.fixture(scope="module")
@@ -66,33 +25,37 @@ def stages():
         return {stage.addressing: stage for stage in repo.index.stages}
 
 
-def declared_code(stage) -> set[str]:
-    paths = {Path(dep.fs_path) for dep in stage.deps if not hasattr(dep, "params")}
-    for folder in [path for path in paths if PACKAGE in path.parents and path.is_dir()]:  # a reader
-        paths |= set(folder.glob("*.py"))
-    code = {path for path in paths if path.suffix in {".py", ".j2"}}
-    return {path.relative_to(ROOT).as_posix() for path in code}
+def manifest_of(stage) -> str:
+    """The name of the manifest that a stage has to depend on, from its command."""
+    words = stage.cmd.split()
+    script = Path(words[1]).stem
+    flag = {"train": "--method", "refit": "--method", "download": "--source"}.get(script)
+    return f"{script}-{words[words.index(flag) + 1]}" if flag else script
 
 
-def test_every_stage_declares_exactly_the_code_that_it_runs(stages):
+def test_every_stage_declares_the_manifest_of_its_code_and_no_other_code(stages):
     wrong = {}
     for name, stage in stages.items():
-        expected = code_of(stage)
+        paths = [Path(dep.fs_path).relative_to(ROOT).as_posix() for dep in stage.deps if not hasattr(dep, "params")]
+        code = [path for path in paths if path.startswith(("src", "stages"))]
+        expected = [f"{manifest.FOLDER}/{manifest_of(stage)}.txt"]
+        if name == "quick":
+            expected = ["stages/show.py"]
         if name.endswith(":check"):  # the one stage whose result the schema does decide
-            expected |= {"src/longtail/params.py", "src/longtail/ranges.py"}
-        if declared_code(stage) != expected:
-            wrong[name] = {
-                "missing": expected - declared_code(stage),
-                "needless": declared_code(stage) - expected,
-            }
+            expected = [f"src/longtail/{file}.py" for file in ("files", "params", "ranges")] + ["stages/check.py"]
+        if name.endswith(":manifests"):
+            scripts = {file.name for file in (ROOT / "stages").glob("*.py")} - {"check.py", "show.py"}
+            expected = ["src/longtail", *(f"stages/{script}" for script in scripts)]
+        if set(code) != set(expected):
+            wrong[name] = {"declared": code, "expected": expected}
     assert not wrong
 
 
-def test_the_contract_notices_a_missing_file(stages):
-    stage = stages["stages/dvc.yaml:train-quick@digits_if20-digits-gala-0"]
-    assert {"src/longtail/losses/gala.py", "src/longtail/augment.py", "stages/train.py"} < code_of(stage)
-    assert "src/longtail/losses/balpoe.py" not in code_of(stage)
-    assert "src/longtail/metrics.py" not in code_of(stage)
+def test_every_manifest_is_asked_for_and_there(stages):
+    asked = {manifest_of(stage) for stage in stages.values()} - manifest.WITHOUT
+    named = set(manifest.scripts(ROOT, PARAMS))
+    assert asked <= named
+    assert {name for name in named - asked if not name.startswith("train-")} == set()
 
 
 def test_every_cell_of_every_plan_has_its_four_stages_and_there_are_no_others(stages):
@@ -100,15 +63,18 @@ def test_every_cell_of_every_plan_has_its_four_stages_and_there_are_no_others(st
         f"stages/dvc.yaml:{name}"
         for name in (
             "check",
+            "manifests",
+            "fisher",
             *(f"download@{source}" for source in PARAMS["sources"]),
             *(f"subsample@{dataset}" for dataset in PARAMS["datasets"]),
             *(f"report@{plan}" for plan in PARAMS["plans"]),
             *(f"compare-posthoc@{cell}" for cell in cli.cells(PARAMS["plans"]["posthoc"])),
             "readings",
             *(
-                f"{step}-{plan}@{cell}"
+                name
                 for plan, block in PARAMS["plans"].items()
-                for step, cell in product(cli.CELL_STAGES, cli.cells(block))
+                for cell in cli.cells(block)
+                for name in cli.stages(PARAMS, plan, cell)
             ),
         )
     }
@@ -219,16 +185,17 @@ def clone(tmp_path_factory):
 
 
 def test_the_first_run_makes_the_plan_in_order(clone):
-    cells = [f"{step}-quick@{cell}" for cell in (CE, GALA) for step in cli.CELL_STAGES]
+    cells = [f"{step}-quick@{cell}" for cell in (CE, GALA) for step in STAGES]
     assert set(clone.first) == {
         "check",
+        "manifests",
         "download@digits",
         "subsample@digits_if20",
         *cells,
         "report@quick",
         "quick",
     }
-    assert clone.first.index("check") == 0 and clone.first[-2:] == ["report@quick", "quick"]
+    assert clone.first[:2] == ["check", "manifests"] and clone.first[-2:] == ["report@quick", "quick"]
     assert "Cross-entropy" in (clone.root / "results/quick/table.md").read_text()
 
 
@@ -266,15 +233,41 @@ def test_editing_a_loss_trains_its_cells_alone(clone):
     path = clone.root / "src/longtail/losses/gala.py"
     text = path.read_text()
     path.write_text(text + "# edited\n")
-    ran = clone.repro()
-    assert ran[0] == f"train-quick@{GALA}"  # the same weights come out, so that nothing follows
-    assert len(ran) == 1
+    # the same weights come out, so that nothing follows
+    assert clone.repro() == ["manifests", f"train-quick@{GALA}"]
     path.write_text(text)
     clone.repro()
 
 
+def documented(language: str) -> str:
+    """The first block of docs/methods.md in this language."""
+    text = (ROOT / "docs" / "methods.md").read_text()
+    return text.split(f"```{language}\n")[1].split("```")[0]
+
+
+def test_the_documented_method_is_a_file_and_a_block_and_trains_its_cells_alone(clone):
+    loss = clone.root / "src/longtail/losses/prior_smoothing.py"
+    loss.write_text(documented("python"))
+    added = yaml.safe_load(documented("yaml"))["methods"]["prior_smoothing"]
+    clone.edit("methods: [ce, gala]\n", "methods: [ce, gala, prior_smoothing]\n")
+    clone.edit("\n  focal:\n", f"\n  prior_smoothing: {json.dumps(added)}\n  focal:\n")
+    ran = clone.repro()
+    new = [f"{step}-quick@{CE.replace('-ce-', '-prior_smoothing-')}" for step in STAGES]
+    assert ran == ["check", "manifests", *new, "report@quick", "quick"]
+    assert "prior_smoothing" in (clone.root / "results/quick/table.md").read_text()
+    clone.edit('"share": 0.1', '"share": 2')
+    output = subprocess.run(
+        [sys.executable, "-m", "dvc", "repro"], cwd=clone.root, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(clone.root / "src")},
+    )  # fmt: skip
+    assert "methods.prior_smoothing.share = 2: input should be less than 1" in output.stdout + output.stderr
+    clone.restore()
+    loss.unlink()
+    clone.repro()
+
+
 def test_a_forced_run_has_the_same_bytes_and_another_seed_has_others(clone):
-    names = [f"{step}-quick@{GALA}" for step in cli.CELL_STAGES]
+    names = [f"{step}-quick@{GALA}" for step in STAGES]
     before = {name: clone.outs(name) for name in names}
     addresses = [f"stages/dvc.yaml:{name}" for name in names]
     assert clone.repro("-f", "-s", *addresses) == names
@@ -355,7 +348,7 @@ def test_jobs_share_the_devices(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("LONGTAIL_DEVICE", "cuda:0,cuda:1")
     monkeypatch.setattr(cli, "dvc", lambda *args, env=None: 0)
-    monkeypatch.setattr(cli, "run_cell", lambda plan, cell, env: used.append(env["LONGTAIL_DEVICE"]) or True)
+    monkeypatch.setattr(cli, "run_cell", lambda names, env: used.append(env["LONGTAIL_DEVICE"]) or True)
     assert cli.run("quick", "*", 3) == 0
     assert len(used) == len(cli.cells(PARAMS["plans"]["quick"])) and set(used) == {"cuda:0", "cuda:1"}
 
@@ -366,17 +359,18 @@ def test_data_that_are_there_are_left_alone_and_a_failure_is_told(monkeypatch, c
     changed = {"status": 0, "--wait-for-lock": 1}
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(cli, "dvc", lambda *args, env=None: asked.append(args) or changed[args[0]])
-    monkeypatch.setattr(cli, "run_cell", lambda plan, cell, env: True)
+    monkeypatch.setattr(cli, "run_cell", lambda names, env: True)
     assert cli.run("quick", "*", 1) == 0
     assert [args[0] for args in asked] == ["status", "--wait-for-lock"] and "report@quick" in asked[1][-1]
     changed["status"] = 1
     assert cli.run("quick", "*-ce-*", 1) == 2
-    assert "failed: the data; `dvc repro stages/dvc.yaml:subsample@digits_if20` says why" in capsys.readouterr().err
+    said = "failed: the data; `dvc repro stages/dvc.yaml:manifests stages/dvc.yaml:subsample@digits_if20` says why"
+    assert said in capsys.readouterr().err
 
 
 def test_a_plan_without_stages_is_named(monkeypatch):
     plans = {**PARAMS["plans"], "mine": PARAMS["plans"]["quick"]}
-    monkeypatch.setattr(cli.schema, "load", lambda: {"plans": plans})
+    monkeypatch.setattr(cli.schema, "load", lambda: PARAMS | {"plans": plans})
     with pytest.raises(ValueError, match=r"plan 'mine' has no stages in stages/dvc.yaml"):
         cli.run("mine", "*", 1)
 

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from longtail import answers, differences, evaluation, files, outcomes, report
+from longtail import answers, differences, evaluation, files, outcomes, plots, report
 
 PLAN = {
     "datasets": ["toy_if10"],
@@ -305,11 +306,10 @@ def test_the_grid_says_what_a_method_and_what_a_recipe_buys(cells):
     make_cell(cells / "toy_if10/long/ce/0", 0.7)
     results = outcomes.read("toy", PLAN | {"recipes": ["plain", "long", "never"]}, cells)
     text = report.markdown(results, [])
-    assert "| Recipe | Cross-entropy | BalPoE (3 experts) | A method buys |" in text
-    assert "| plain | 52.0 ± 2.8 | 63.0 ± 4.2 | +11.0 |" in text
-    assert "| long | 70.0 | - | - |" in text
-    assert "| A recipe buys | +18.0 | - |  |" in text
-    assert "A method buys" not in report.markdown(outcomes.read("toy", PLAN, cells), [])
+    assert "| Method | plain | Method buys | long | Method buys | Recipe buys |" in text
+    assert "| Cross-entropy | 52.0 ± 2.8 | - | 70.0 | - | +18.0 |" in text
+    assert "| BalPoE (3 experts) | 63.0 ± 4.2 | +11.0 | - | - | - |" in text
+    assert "Method buys" not in report.markdown(outcomes.read("toy", PLAN, cells), [])
 
 
 @pytest.mark.parametrize(
@@ -556,16 +556,22 @@ def test_pictures_have_sizes_and_words(cells, published, tmp_path):
 def test_training_time_is_drawn_where_it_is_known(cells, published, tmp_path):
     times = tmp_path / "times.csv"
     rows = [
-        {"dataset": "toy_if10", "recipe": "plain", "method": "ce", "seed": 1, "seconds": 600},
-        {"dataset": "another", "recipe": "plain", "method": "ce", "seed": 1, "seconds": 60},
+        {"dataset": "toy_if10", "recipe": "plain", "method": "ce", "seed": 1, "seconds": 600, "memory_mib": ""},
+        {"dataset": "toy_if10", "recipe": "plain", "method": "balpoe", "seed": 0, "seconds": 60, "memory_mib": 900.5},
+        {"dataset": "another", "recipe": "plain", "method": "ce", "seed": 1, "seconds": 60, "memory_mib": 1},
     ]
     files.write_csv(times, rows, list(rows[0]))
     results = outcomes.read("toy", PLAN, cells, times)
-    assert results.minutes == {("toy_if10", "plain", "ce", 1): 10}
+    assert results.cost == {
+        ("toy_if10", "plain", "ce", 1): {"minutes": 10, "memory_mib": None},
+        ("toy_if10", "plain", "balpoe", 0): {"minutes": 1, "memory_mib": 900.5},
+    }
     page = Page(report.html(results, outcomes.read_published(published)))
-    assert page.images[-1]["alt"] == (
-        "Test accuracy against training time: Cross-entropy, recipe plain, 10 min 54.0 %."
-    )
+    assert [image["alt"] for image in page.images[-2:]] == [
+        "What training time buys: Cross-entropy, recipe plain, 10 min 54.0 %; BalPoE (3 experts), recipe plain, 1 min "
+        "60.0 %.",
+        "What memory buys: BalPoE (3 experts), recipe plain, 900 MiB 60.0 %.",
+    ]
     times.write_text("dataset,recipe\nx,y\n")
     with pytest.raises(ValueError, match=r"times\.csv: no column 'method'"):
         outcomes.read("toy", PLAN, cells, times)
@@ -630,3 +636,44 @@ def test_dvc_templates_fill_without_leftovers(cells, name):
     assert filled["data"]["values"] == points
     used = set(re.findall(r"'(\w+)'\]", json.dumps(filled["transform"])))
     assert used == {x, y}
+
+
+def record_ratios(folder, few):
+    """Give a cell's history gradient ratios: one for the large class, `few` for the small one."""
+    rows = [row | {"gradient_ratio_0": 1.0, "gradient_ratio_1": few} for row in files.read_csv(folder / "history.csv")]
+    files.write_csv(folder / "history.csv", rows, list(rows[0]))
+
+
+def test_gradient_ratios_are_drawn_where_they_were_recorded_and_of_those_that_trained(cells):
+    for seed, few in ((0, 0.25), (1, 0.5)):
+        record_ratios(cells / f"toy_if10/plain/ce/{seed}", few)
+        record_ratios(cells / f"toy_if10/plain/balpoe/{seed}", few)
+    results = outcomes.read("toy", PLAN, cells)
+    found = [row for row in outcomes.gradients(results) if (row["method"], row["epoch"], row["class"]) == ("ce", 3, 1)]
+    assert [(row["train_images"], row["ratio"]) for row in found] == [(10, pytest.approx(math.sqrt(0.25 * 0.5)))]
+    drawn = report.figures(results, outcomes.rows(results, []), "toy_if10")["Gradient ratios"]
+    assert [figure.alt for figure in drawn] == [
+        f"Gradient ratio by epoch, {name}, recipe plain: at the last epoch 0.35 for the classes with fewest images "
+        "and 1 for those with most." for name in ("Cross-entropy", "BalPoE (3 experts)")
+    ]  # fmt: skip
+    second_stage = outcomes.read("toy", PLAN | {"trained": ["ce"], "refit": ["balpoe"]}, cells)
+    drawn = report.figures(second_stage, outcomes.rows(second_stage, []), "toy_if10")
+    assert len(drawn["Gradient ratios"]) == 1
+    assert "BalPoE" not in drawn["Training"][0].alt
+
+
+def test_pictures_of_many_methods_show_the_leading_ones(tmp_path):
+    methods = ["ce", *(f"m{i}" for i in range(10))]
+    plan = PLAN | {"methods": methods, "seeds": [0]}
+    for i, method in enumerate(methods):
+        make_cell(tmp_path / "toy_if10/plain" / method / "0", 0.3 + 0.04 * i)
+    results = outcomes.read("toy", plan, tmp_path)
+    table = outcomes.rows(results, [])
+    leading = plots.leading(table, "ce")
+    assert leading == ["ce", *(f"m{i}" for i in range(3, 10))]
+    drawn = report.figures(results, table, "toy_if10")
+    for group in ("Calibration and energies", "Shift", "Training"):
+        for figure in drawn[group]:
+            assert "m3" in figure.alt and "m2" not in figure.alt and figure.caption.endswith(report.LEADING)
+    assert "m0" in drawn[""][0].alt and "aligned" not in drawn[""][0].alt
+    assert len({plots.colours(leading)[method] for method in leading}) == len(leading)

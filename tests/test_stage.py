@@ -9,16 +9,21 @@ from conftest import ROOT
 from longtail import stage
 from longtail.stage import Stage
 
+MANIFEST = "stages/code/work.txt"
+
 
 @pytest.fixture
 def workspace(tmp_path, monkeypatch):
     """A folder with a dependency and params, and a stage that declares a part of them."""
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
     (tmp_path / "code.py").write_text("x = 1\n")
+    (tmp_path / "imported.py").write_text("y = 1\n")
+    (tmp_path / "stages" / "code").mkdir(parents=True)
+    (tmp_path / "stages" / "code" / "work.txt").write_text(f"{stage.md5(tmp_path / 'imported.py')}  imported.py\n")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "a").write_text("a")
     monkeypatch.chdir(tmp_path)
-    found = Stage("work", "python work.py", ["code.py", "folder"], ["align", "methods.gala"])
+    found = Stage("work", "python work.py", ["code.py", "folder", MANIFEST], ["align", "methods.gala"])
     monkeypatch.setattr(stage, "declared", lambda: found)
     monkeypatch.setattr(sys, "argv", ["work.py", "--out", "x"])
     return tmp_path
@@ -27,7 +32,7 @@ def workspace(tmp_path, monkeypatch):
 def test_a_stage_sees_its_flags_and_the_keys_that_it_declares(workspace):
     with stage.run("out") as (args, params):
         assert (args.out, args.stage) == ("x", "work")
-        assert params["methods.gala"] == {"lambda1": 1.0, "lambda2": 1.0}
+        assert params["methods.gala"]["lambda1"] == 1.0
         with pytest.raises(KeyError):
             params["methods.balpoe"]
 
@@ -37,6 +42,7 @@ EDITS = {
     "a file in a folder": lambda path: (path / "folder" / "a").write_text("b"),
     "a new file in a folder": lambda path: (path / "folder" / "b").write_text(""),
     "a declared param": lambda path: edit_params(path, "lambda1: 1.0", "lambda1: 2.0"),
+    "a file of its manifest": lambda path: (path / "imported.py").write_text("y = 2\n"),
 }
 
 
@@ -50,6 +56,13 @@ def edit_params(path, old, new):
 def test_an_edit_while_it_runs_fails_the_stage(workspace, edit):
     with pytest.raises(SystemExit, match="work: its code, data or params were edited"), stage.run("out"):
         EDITS[edit](workspace)
+
+
+def test_a_manifest_of_other_code_stops_it_before_it_starts(workspace):
+    (workspace / "imported.py").write_text("y = 2\n")
+    said = pytest.raises(SystemExit, match=f"{MANIFEST} is of other code .* `dvc repro stages/dvc.yaml:manifests`")
+    with said, stage.run("out"):
+        raise AssertionError("it started")
 
 
 def test_an_edit_of_what_it_does_not_declare_does_not(workspace):
@@ -83,6 +96,10 @@ def test_a_stage_run_by_hand_says_what_to_do(script):
         "download.py": ["source", "out"],
         "subsample.py": ["source", "dataset", "out", "profile"],
         "train.py": ["data", "plan", "dataset", "recipe", "method", "seed", "model", "history"],
+        "manifests.py": ["out"],
+        "refit.py": ["data", "model", "history", "method", "seed", "out", "history_out"],
+        "fuse.py": ["cells", "method", "seed", "out", "history"],
+        "fisher.py": ["out"],
         "predict.py": ["data", "model", "out"],
         "align.py": ["predictions", "out"],
         "evaluate.py": ["predictions", "alignment", "history", "out"],

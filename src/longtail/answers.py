@@ -12,9 +12,24 @@ from longtail.outcomes import ALIGNED, CORRECTIONS, RAW, REBALANCED, Results, Ro
 
 METHODS = {
     "ce": "Cross-entropy",
+    "focal": "Focal loss",
+    "class_balanced": "Class-balanced loss",
+    "class_balanced_sampling": "Class-balanced sampling",
+    "ldam": "LDAM",
+    "ldam_drw": "LDAM-DRW",
     "balanced_softmax": "Balanced softmax",
+    "lade": "LADE",
     "gala": "GALA (released form)",
+    "gala_paper": "GALA (the paper's form)",
+    "gala_classifier": "GALA (classifier's side)",
+    "inverse": "Logit-adjusted, tau 2",
     "balpoe": "BalPoE (3 experts)",
+    "gala_balpoe": "GALA in BalPoE",
+    "crt": "cRT",
+    "lws": "LWS",
+    "tau_norm": "tau-norm",
+    "ncm": "NCM",
+    "balpoe_apart": "BalPoE, experts apart",
 }
 
 

@@ -61,6 +61,19 @@ class Split:
         )
 
 
+def splits(arrays: Mapping[str, np.ndarray], device: torch.device | str) -> dict[str, Split]:
+    """Those of train, held_out and test that have images, from a data set of data/long_tail.
+
+    Raises ValueError as Split.from_arrays.
+    """
+    classes = len(arrays["class_names"])
+    return {
+        name: Split.from_arrays(arrays[f"{name}_images"], arrays[f"{name}_labels"], classes, device)
+        for name in ("train", "held_out", "test")
+        if len(arrays[f"{name}_labels"])
+    }
+
+
 def normalizer(
     mean: Sequence[float],
     std: Sequence[float],
@@ -128,6 +141,7 @@ def epoch(
     epoch: int,
     mixup_alpha: float = 0.0,
     cutmix_alpha: float = 0.0,
+    class_balanced: bool = False,
     channels_last: bool = True,
     start_batch: int = 0,
     rank: int = 0,
@@ -136,7 +150,8 @@ def epoch(
     """One epoch in random order: augmented, normalized and mixed batches.
 
     The same arguments give the same batches; with `start_batch` k those from number k (from 0) on, at the cost of
-    no earlier batch. `augmentation` has the keys of `augment`; `draw_mixing` says what the alphas do. `batch_size`
+    no earlier batch. `augmentation` has the keys of `augment`; `draw_mixing` says what the alphas do, `draw_order`
+    what `class_balanced` does. `batch_size`
     is that of the joint batch, of which process `rank` of `world` gets the rows rank, rank + world, ...: together
     the processes see, byte for byte, the batches of a single one. Raises ValueError for an argument out of range,
     before the first batch is asked for.
@@ -151,7 +166,7 @@ def epoch(
     device = split.images.device
     height, width = split.images.shape[2:]
     normalize = normalizer(mean, std, channels_last=channels_last, device=device)
-    order = torch.randperm(len(split), generator=torch_generator(seed, ORDER, epoch))
+    order = draw_order(split, class_balanced=class_balanced, generator=torch_generator(seed, ORDER, epoch))
     order = order[: batches * batch_size]
     per_chunk = max(1, CHUNK_PIXELS // (batch_size * height * width))
     draw = partial(draw_mixing, height=height, width=width, mixup_alpha=mixup_alpha, cutmix_alpha=cutmix_alpha)
@@ -187,6 +202,19 @@ def epoch(
                 yield Batch(batch, labels[own], labels[partner], mixing.weight, len(places))
 
     return later_batches()
+
+
+def draw_order(split: Split, *, class_balanced: bool, generator: torch.Generator) -> Tensor:
+    """The images of an epoch in their order, (N,) int64 on the CPU: all of them in random order, each once.
+
+    Class-balanced, N draws with replacement: a class, all as likely, then an image of it (Kang et al., ICLR 2020,
+    section 3.1, q = 0).
+    """
+    if not class_balanced:
+        return torch.randperm(len(split), generator=generator)
+    labels_N = split.labels.cpu()
+    weights_N = 1 / torch.bincount(labels_N).double()[labels_N]
+    return torch.multinomial(weights_N, len(split), replacement=True, generator=generator)
 
 
 def in_order(

@@ -12,9 +12,9 @@ from queue import Queue
 from typing import Any
 
 from longtail import params as schema
+from longtail.finished import MAKERS, STAGES
 
 PIPELINE = "stages/dvc.yaml"
-CELL_STAGES = ("train", "predict", "align", "evaluate")
 
 
 def cells(plan: dict[str, Any]) -> list[str]:
@@ -33,17 +33,26 @@ def repro(*args: str, env: dict[str, str] | None = None) -> int:
     return dvc("--wait-for-lock", "repro", *args, env=env)
 
 
-def run_cell(plan: str, cell: str, env: dict[str, str]) -> bool:
-    """Run the stages of one cell; False when one of them failed."""
-    return all(repro("-q", "-s", f"{PIPELINE}:{stage}-{plan}@{cell}", env=env) == 0 for stage in CELL_STAGES)
+def stages(params: dict[str, Any], plan: str, cell: str) -> list[str]:
+    """The names of a cell's stages in their order; which is the first depends on what its method is."""
+    method = cell.split("-")[2]
+    first = MAKERS[schema.kind(method, params["methods"][method])[0]]
+    return [f"{stage}-{plan}@{cell}" for stage in (first, *STAGES[1:])]
+
+
+def run_cell(names: list[str], env: dict[str, str]) -> bool:
+    """Run the stages of one cell, as one command: dvc reads the pipeline once; False when one of them failed."""
+    return repro("-q", "-s", *(f"{PIPELINE}:{name}" for name in names), env=env) == 0
 
 
 def run(plan: str, only: str, jobs: int) -> int:
     """Run a plan's cells, `jobs` side by side, then its report. Returns the number of cells that failed.
 
-    Several devices in LONGTAIL_DEVICE (cuda:0,cuda:1) are shared by the jobs.
+    Cells that start from others' networks come after all those that are trained. Several devices in LONGTAIL_DEVICE
+    (cuda:0,cuda:1) are shared by the jobs.
     """
-    plans = schema.load()["plans"]
+    params = schema.load()
+    plans = params["plans"]
     if plan not in plans:
         raise ValueError(f"plan {plan!r} is not in params.yaml; there are {', '.join(plans)}")
     if f"\n  train-{plan}:" not in Path(PIPELINE).read_text():
@@ -52,9 +61,10 @@ def run(plan: str, only: str, jobs: int) -> int:
     if not chosen:
         raise ValueError(f"--only {only!r} matches none of {', '.join(cells(plans[plan]))}")
     datasets = [f"{PIPELINE}:subsample@{name}" for name in sorted({cell.split("-")[0] for cell in chosen})]
+    first = [f"{PIPELINE}:manifests", *datasets]
     # where they are there, they are left alone: another `longtail run` may be training on them, and then DVC refuses
-    if dvc("status", "-q", *datasets) and repro("-q", *datasets):
-        print(f"failed: the data; `dvc repro {' '.join(datasets)}` says why", file=sys.stderr)
+    if dvc("status", "-q", *first) and repro("-q", *first):
+        print(f"failed: the data; `dvc repro {' '.join(first)}` says why", file=sys.stderr)
         return len(chosen)
     # threads of two trainings on the same cores wait for each other: each gets its own share
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
@@ -67,13 +77,16 @@ def run(plan: str, only: str, jobs: int) -> int:
     def with_device(cell: str) -> bool:
         device = free.get()
         try:
-            return run_cell(plan, cell, {**env, "LONGTAIL_DEVICE": device})
+            return run_cell(steps[cell], {**env, "LONGTAIL_DEVICE": device})
         finally:
             free.put(device)
 
+    steps = {cell: stages(params, plan, cell) for cell in chosen}
+    trained = [cell for cell in chosen if steps[cell][0].startswith("train")]
+    failed = []
     with ThreadPoolExecutor(jobs) as pool:
-        done = list(pool.map(with_device, chosen))
-    failed = [cell for cell, ok in zip(chosen, done, strict=True) if not ok]
+        for wave in (trained, [cell for cell in chosen if cell not in trained]):
+            failed += [cell for cell, ok in zip(wave, list(pool.map(with_device, wave)), strict=True) if not ok]
     if len(failed) < len(chosen):
         repro("-q", "-s", f"{PIPELINE}:report@{plan}")  # -s: cells that were not chosen stay as they are
         print(f"table: results/{plan}/table.md\npage:  results/{plan}/report.html")
@@ -137,9 +150,9 @@ def main() -> None:
         if args.command == "verify":
             from longtail import verify  # two seconds, for the pictures
 
-            plans = schema.load()["plans"]
-            chosen = args.plan or verify.with_results(".", plans)
-            wrong = verify.verify(".", plans, chosen)
+            params = schema.load()
+            chosen = args.plan or verify.with_results(".", params["plans"])
+            wrong = verify.verify(".", params, chosen)
             print("\n".join(wrong) or f"as committed: {', '.join(chosen)}")
             sys.exit(1 if wrong else 0)
         if args.command == "track":

@@ -56,7 +56,7 @@ class Fitted:
 
 
 def fit(
-    network: networks.ResNet,
+    network: networks.Network,
     loss: BaseLoss,
     train: batches.Split,
     held_out: batches.Split | None,
@@ -67,18 +67,21 @@ def fit(
     on_epoch: Callable[[dict[str, Any]], None],
     epochs: int,
     test_every: int,
+    gradients_every: int = 0,
     **recipe: Any,
 ) -> Fitted:
     """Train `network` with `loss`.
 
     Args:
         test: looked at every `test_every` epochs and written into the history; nothing is chosen by it.
+        gradients_every: epochs between rows of the history that have the gradient ratio of each class, over the
+            epochs since the last such row: `gradient_ratio_<class>`, see Training.gradient_ratios; 0 for none.
         on_epoch: called after each epoch with its row of the history, and `images_per_s` beside it.
         the others: a recipe's keys (params.yaml).
 
     Raises FloatingPointError, naming epoch, step and lr, when a loss is not finite; the last checkpoint stays.
     """
-    training = Training(network, loss, train, seed=seed, epochs=epochs, **recipe)
+    training = Training(network, loss, train, seed=seed, epochs=epochs, gradients=bool(gradients_every), **recipe)
     fitted = Fitted([], b"", None, None, 0.0)
     state = checkpoint.load()
     if state is not None:
@@ -116,6 +119,9 @@ def fit(
             row["test_accuracy"] = class_accuracy(final, test, precision=training.precision)
         on_epoch(dict(row))
         del row["images_per_s"]
+        if gradients_every and training.epoch % gradients_every == 0:
+            ratios_C = training.gradient_ratios().tolist()
+            row |= {f"gradient_ratio_{c}": float(f"{ratio:.4g}") for c, ratio in enumerate(ratios_C)}
         fitted.history.append(row)
         training.next_epoch()
         between_steps()
@@ -139,7 +145,7 @@ class Training:
 
     def __init__(
         self,
-        network: networks.ResNet,
+        network: networks.Network,
         loss: BaseLoss,
         train: batches.Split,
         *,
@@ -157,6 +163,7 @@ class Training:
         mixup_alpha: float,
         cutmix_alpha: float,
         precision: str,
+        gradients: bool = False,
     ):
         self.network, self.loss, self.train_split = network, loss, train
         self.device = train.labels.device
@@ -165,7 +172,7 @@ class Training:
         self.base_lr, self.schedule, self.resolution = optimizer["lr"], {**schedule, "epochs": epochs}, resolution
         self.batches = {
             "batch_size": batch_size, "drop_last": drop_last, "augmentation": augmentation, "mixup_alpha": mixup_alpha,
-            "cutmix_alpha": cutmix_alpha, "seed": seed,
+            "cutmix_alpha": cutmix_alpha, "seed": seed, "class_balanced": loss.class_balanced_sampling,
             "mean": network.settings["mean"], "std": network.settings["std"],
         }  # fmt: skip
         smallest = batch_size if drop_last or len(train) % batch_size == 0 else len(train) % batch_size
@@ -187,6 +194,9 @@ class Training:
         # of the epoch so far, on the device: the step never waits for them
         self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss, right predictions
         self.bad_batch = torch.tensor(-1, device=self.device)  # the first one whose loss is not finite
+        # positive and negative gradients of each class's logit since `gradient_ratios` was last asked
+        self.pulls_2C = torch.zeros(2, train.num_classes, dtype=torch.float64, device=self.device)
+        self.gradients = gradients
 
     def _averaged_tensors(self) -> dict[str, Tensor]:
         return {key: value for key, value in self.network.state_dict().items() if value.is_floating_point()}
@@ -203,6 +213,7 @@ class Training:
         """
         self.network.train()
         self.loss.train()
+        self.loss.start_epoch(self.epoch, self.schedule["epochs"])
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * lr_factor(self.epoch, **self.schedule)
@@ -233,6 +244,8 @@ class Training:
             images, labels, partner_labels = (tensor[part :: self.accumulate] for tensor in batch[:3])
             with torch.autocast(self.device.type, inference.DTYPES[self.precision], enabled=self.precision != "fp32"):
                 logits_EBC = self.forward(images)
+            if self.gradients:
+                logits_EBC.register_hook(self._add_gradients)
             share = len(labels) / batch.size  # losses are means over what they see, the step is over the joint batch
             value = self.loss(logits_EBC, labels, batch.weight * share)
             if batch.weight < 1:
@@ -257,6 +270,22 @@ class Training:
             torch._foreach_lerp_([self.average[key] for key in now], [*now.values()], 1 - decay)
         self.bad_batch = torch.where((self.bad_batch < 0) & ~total.isfinite(), self.batch, self.bad_batch)
 
+    def _add_gradients(self, gradient_EBC: Tensor) -> None:
+        gradient_EBC = gradient_EBC.double() / self.scaler.get_scale()
+        self.pulls_2C[0] -= gradient_EBC.clamp(max=0).sum((0, 1))
+        self.pulls_2C[1] += gradient_EBC.clamp(min=0).sum((0, 1))
+
+    def gradient_ratios(self) -> Tensor:
+        """Positive over negative gradients of each class (C,), summed since the last call; nan where there are none.
+
+        Of the loss with respect to the class's logit: what pulls it up (for cross-entropy, the class's own samples)
+        over what pushes it down (the samples of the others), as GALA balances them (arXiv:2403.09036). Under one the
+        class is pushed down; a converged cross-entropy has one for every class.
+        """
+        positive_C, negative_C = processes.add_up(self.pulls_2C.clone())
+        self.pulls_2C.zero_()
+        return positive_C / negative_C
+
     def check_loss(self) -> None:
         """Raise FloatingPointError when a loss of this epoch was not finite in any process."""
         bad = processes.side_by_side(self.bad_batch)
@@ -275,12 +304,12 @@ class Training:
         self.epoch, self.batch, self.seen = self.epoch + 1, 0, 0
         self.sums.zero_()
 
-    def averaged(self) -> networks.ResNet:
+    def averaged(self) -> networks.Network:
         """The network, or that of the averaged weights, with the running statistics of the first process."""
         processes.same_buffers(self.network)
         if not self.weight_average:
             return self.network
-        average = networks.ResNet(**self.network.settings).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        average = networks.build(**self.network.settings).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         average.load_state_dict({**self.network.state_dict(), **self.average})
         return average
 
@@ -292,6 +321,7 @@ class Training:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(), "average": self.average, "steps": self.steps,
             "epoch": self.epoch, "batch": self.batch, "seen": self.seen, "sums": processes.side_by_side(self.sums),
+            "pulls": processes.side_by_side(self.pulls_2C),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -304,9 +334,10 @@ class Training:
         self.average = {key: value.to(self.device) for key, value in state["average"].items()}
         self.steps, self.epoch, self.batch, self.seen = (state[key] for key in ("steps", "epoch", "batch", "seen"))
         self.sums = state["sums"][processes.rank()].to(self.device)
+        self.pulls_2C = state["pulls"][processes.rank()].to(self.device)
 
 
-def class_accuracy(network: networks.ResNet, split: batches.Split, *, precision: str) -> float:
+def class_accuracy(network: networks.Network, split: batches.Split, *, precision: str) -> float:
     """Mean over classes of class accuracy: a held-out set is long-tailed as its train set is.
 
     Several processes share the images, each looks at its own, none at one twice.

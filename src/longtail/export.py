@@ -35,7 +35,7 @@ class Deployed(nn.Module):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, network: networks.ResNet, correction: posthoc.Correction):
+    def __init__(self, network: networks.Network, correction: posthoc.Correction):
         super().__init__()
         self.network = network
         for name in ("mean", "std"):

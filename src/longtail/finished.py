@@ -16,9 +16,10 @@ from longtail.live import digest, fingerprint, plain
 from longtail.outcomes import CELL_FILES
 
 LOCK = "stages/dvc.lock"
+MAKERS = {"loss": "train", "refit": "refit", "fuse": "fuse"}  # of a cell's network: the stage for each kind of method
 STAGES = ("train", "predict", "align", "evaluate")
 STAGE_NAME = re.compile(
-    rf"({'|'.join(STAGES)})-(?P<plan>[^@]+)"
+    rf"({'|'.join([*MAKERS.values(), *STAGES[1:]])})-(?P<plan>[^@]+)"
     r"@(?P<dataset>[^-@]+)-(?P<recipe>[^-@]+)-(?P<method>[^-@]+)-(?P<seed>\d+)"
 )
 SECTIONS = (("datasets", "dataset"), ("recipes", "recipe"), ("methods", "method"))
@@ -48,7 +49,7 @@ RELATIVES = {  # accuracy alone; the name says what has to be held against it
 }
 CURVES = ("lr", "loss", "train_accuracy", "held_out_accuracy", "test_accuracy")
 MACHINE = ("device", "cpu", "gpu", "threads")
-MACHINE_METRICS = {"seconds": "training seconds", "images_per_s": "images per s"}
+MACHINE_METRICS = {"seconds": "training seconds", "images_per_s": "images per s", "memory_mib": "memory MiB"}
 
 
 class TrackingError(ValueError):
@@ -157,7 +158,8 @@ def results(root: Path, plans: Sequence[str] | None) -> tuple[list[Result], list
     cells: dict[Cell, dict[str, dict[str, Any]]] = {}
     for name, entry in stages.items():
         if match := STAGE_NAME.fullmatch(name):
-            cells.setdefault(Cell(**match.groupdict()), {})[match[1]] = entry
+            step = "train" if match[1] in MAKERS.values() else match[1]
+            cells.setdefault(Cell(**match.groupdict()), {})[step] = entry
     known = sorted({cell.plan for cell in cells})
     for plan in plans or ():
         if plan not in known:

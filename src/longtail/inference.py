@@ -61,7 +61,7 @@ def set_up(seed: int) -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
-def logits(network: networks.ResNet, split: batches.Split, *, precision: str) -> Tensor:
+def logits(network: networks.Network, split: batches.Split, *, precision: str) -> Tensor:
     """Logits (E, N, C) of a split in its order, without augmentation, float32 on the CPU."""
 
     def parts() -> Iterator[Tensor]:

@@ -17,6 +17,7 @@ import numpy as np
 
 from longtail import files
 
+RATIO = "gradient_ratio_"  # and the class: columns of a history that recorded them
 MEASURES = ("accuracy", "many", "medium", "few", "balanced_error", "nll", "ece", "top5", "geometric_mean",
             "worst_class", "macro_f1", "brier", "ece_equal_mass", "mce", "classwise_ece", "aurc")  # fmt: skip
 HIGHEST = {"nll": math.inf, "brier": 2.0}  # of the others 1
@@ -66,14 +67,15 @@ class Cell:
 class Results:
     """The cells of a plan that have run; `missing` are those that have not, in the plan's order.
 
-    `minutes` of training are known of those cells that benchmarks.time_to_accuracy saw.
+    `cost` of training ({minutes, memory_mib}; the latter None where it was not measured) is known of those cells that
+    benchmarks.time_to_accuracy saw.
     """
 
     plan_name: str
     plan: Mapping[str, Any]
     cells: Mapping[Key, Cell]
     missing: list[Key]
-    minutes: Mapping[Key, float]
+    cost: Mapping[Key, Row]
 
     def groups(self) -> Iterator[tuple[tuple[str, str, str], dict[int, Cell]]]:
         """Each (dataset, recipe, method) of the plan with its finished cells by seed."""
@@ -213,16 +215,19 @@ def read(plan_name: str, plan: Mapping[str, Any], cells_dir: str | Path, times: 
             raise ValueError(f"{paths[0]}: another number of test images than in {paths[1]}")
     if not cells:
         raise ValueError(f"{cells_dir}: no cell of plan {plan_name!r} has run ({len(missing)} in the plan)")
-    minutes = {
-        key: value for key, value in ({} if times is None else read_minutes(Path(times))).items() if key in cells
-    }
-    return Results(plan_name, plan, cells, missing, minutes)
+    cost = {key: row for key, row in ({} if times is None else read_cost(Path(times))).items() if key in cells}
+    return Results(plan_name, plan, cells, missing, cost)
 
 
-def read_minutes(path: Path) -> dict[Key, float]:
-    """Minutes of training by cell, out of benchmarks/results/time_to_accuracy.csv; ValueError as of `read_table`."""
-    rows = read_table(path, ("dataset", "recipe", "method", "seed", "seconds"), {"seconds": math.inf})
-    return {(row["dataset"], row["recipe"], row["method"], int(row["seed"])): row["seconds"] / 60 for row in rows}
+def read_cost(path: Path) -> dict[Key, Row]:
+    """{minutes, memory_mib} by cell, out of benchmarks/results/time_to_accuracy.csv; ValueError as of `read_table`."""
+    limits = {"seconds": math.inf, "memory_mib": math.inf}
+    return {
+        (row["dataset"], row["recipe"], row["method"], int(row["seed"])): {
+            "minutes": row["seconds"] / 60, "memory_mib": row["memory_mib"],
+        }
+        for row in read_table(path, ("dataset", "recipe", "method", "seed", *limits), limits)
+    }  # fmt: skip
 
 
 def folder(cells_dir: str | Path, key: Key) -> Path:
@@ -373,6 +378,27 @@ def curves(results: Results) -> list[Row]:
         for key, cell in results.cells.items()
         for row in cell.history
     ]
+
+
+def gradients(results: Results) -> list[Row]:
+    """Gradient ratios (longtail.engine) where they were recorded: {dataset, recipe, method, epoch, class, train_images,
+    ratio}, geometric means over seeds."""
+    table = []
+    for (dataset, recipe, method), cells in results.groups():
+        found: dict[tuple[int, int], list[float]] = {}
+        for cell in cells.values():
+            for row in cell.history:
+                for column, text in row.items():
+                    if column.startswith(RATIO) and text and float(text) > 0:
+                        place = int(row["epoch"]), int(column.removeprefix(RATIO))
+                        found.setdefault(place, []).append(math.log(float(text)))
+        images = [int(row["train_images"]) for row in next(iter(cells.values())).classes] if found else []
+        table += [
+            {"dataset": dataset, "recipe": recipe, "method": method, "epoch": epoch, "class": c,
+             "train_images": images[c], "ratio": math.exp(statistics.fmean(logs))}
+            for (epoch, c), logs in found.items()
+        ]  # fmt: skip
+    return table
 
 
 def classes(results: Results) -> list[Row]:

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from longtail import ranges
-from longtail.ranges import Count, Fraction, Name, NotNegative, Positive, Seed
+from longtail.ranges import Count, Fraction, Name, NotNegative, Numbers, Positive, Seed
 
 LIBRARY = Path(__file__).parent
 NAME_PATTERN = r"^[a-z0-9]+(_[a-z0-9]+)*$"
@@ -26,6 +26,9 @@ class Plan(Block):
     datasets: list[Name] = Field(min_length=1)
     recipes: list[Name] = Field(min_length=1)
     methods: list[Name] = Field(min_length=1)
+    trained: list[Name] | None = None  # DVC cannot choose from a list: where not all methods are trained, by kind
+    refit: list[Name] = []
+    fuse: list[Name] = []
     seeds: list[Seed] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -119,18 +122,29 @@ class Normalization(Block):
 
 
 class Network(Block):
-    depth: Annotated[int, Field(ge=8)]
-    width: Annotated[int, Field(ge=4, multiple_of=4)]
     head: Literal["linear", "cosine"]
     scale: Positive
 
     @model_validator(mode="after")
-    def _shape(self) -> "Network":
-        if (self.depth - 2) % 6:
-            raise ValueError(f"depth is 6n + 2 (8, 20, 32, 44, 56, ...), not {self.depth}")
+    def _scale_fits_the_head(self) -> "Network":
         if self.head == "linear" and self.scale != 1:
             raise ValueError("a linear head has scale: 1")
         return self
+
+
+class CifarNetwork(Network):
+    depth: Annotated[int, Field(ge=8)]
+    width: Annotated[int, Field(ge=4, multiple_of=4)]
+
+    @model_validator(mode="after")
+    def _depth(self) -> "CifarNetwork":
+        if (self.depth - 2) % 6:
+            raise ValueError(f"depth is 6n + 2 (8, 20, 32, 44, 56, ...), not {self.depth}")
+        return self
+
+
+class LargeNetwork(Network):
+    architecture: Literal["resnet10", "resnet50", "resnet152", "resnext50_32x4d"]
 
 
 class Recipe(Block):
@@ -150,6 +164,7 @@ class Recipe(Block):
     network: Network
     precision: Literal["fp32", "bf16", "fp16"]
     test_every: Annotated[int, Field(ge=0)]
+    gradients_every: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> "Recipe":
@@ -157,6 +172,18 @@ class Recipe(Block):
         if self.schedule.warmup_epochs > self.epochs or late:
             raise ValueError(f"schedule goes on after the last of {self.epochs} epochs: {late or 'warmup_epochs'}")
         return self
+
+
+class CifarRecipe(Recipe):
+    network: CifarNetwork
+
+
+class LargeRecipe(Recipe):
+    network: LargeNetwork
+
+
+class Fuse(Block):
+    fuse: list[Name] = Field(min_length=2)
 
 
 class Align(Block):
@@ -180,7 +207,32 @@ class Evaluate(Block):
         return self
 
 
-SECTIONS = ("plans", "sources", "datasets", "recipes", "methods", "align", "evaluate")
+class Fisher(Block):
+    classes: Annotated[int, Field(ge=2)]
+    imbalance_factor: Annotated[float, Field(ge=1)]
+    many_images: Count
+    few_images: list[Count] = Field(min_length=1)
+    taus: list[Numbers] = Field(min_length=1)
+    scales: list[Positive] = Field(min_length=1)
+    mixup_alpha: Positive
+    seeds: list[Seed] = Field(min_length=2)
+    distribution_ratio: Annotated[int, Field(ge=2)]
+
+    @model_validator(mode="after")
+    def _the_smallest_class_has_images(self) -> "Fisher":
+        if min(self.few_images) < self.imbalance_factor:
+            raise ValueError(f"few_images is {self.few_images}: none for the smallest class")
+        if self.many_images < 10 * self.imbalance_factor:  # experts have six numbers a class
+            raise ValueError(f"many_images is {self.many_images}: fewer than 10 for the smallest class")
+        if not any(abs(sum(taus) / len(taus) - 1) < 1e-9 for taus in self.taus):
+            raise ValueError("taus: no set has the mean 1, which is what the balanced error needs")
+        for key in ("few_images", "seeds"):
+            if len(set(getattr(self, key))) < len(getattr(self, key)):
+                raise ValueError(f"{key} names something twice: {getattr(self, key)}")
+        return self
+
+
+SECTIONS = ("plans", "sources", "datasets", "recipes", "methods", "align", "evaluate", "fisher")
 
 
 def signature_block(file: Path, function: str) -> type[Block]:
@@ -261,22 +313,20 @@ def validate(value: Any, file: str = "params.yaml") -> None:
         problems.append(f"{key}: unknown key; allowed: {', '.join(SECTIONS)}")
     for key in [section for section in SECTIONS if section not in value]:
         problems.append(f"{key}: missing")
-    named: dict[str, type[Block]] = {"plans": Plan, "datasets": Dataset, "recipes": Recipe}
+    named: dict[str, type[Block]] = {"plans": Plan, "datasets": Dataset}
     for section, model in named.items():
         for name, block in _section(value, section, problems).items():
             _validated(model, block, f"{section}.{name}", problems)
-    singles: dict[str, type[Block]] = {"align": Align, "evaluate": Evaluate}
+    for name, block in _section(value, "recipes", problems).items():
+        network = block.get("network") if isinstance(block, dict) else None
+        large = isinstance(network, dict) and "architecture" in network
+        _validated(LargeRecipe if large else CifarRecipe, block, f"recipes.{name}", problems)
+    singles: dict[str, type[Block]] = {"align": Align, "evaluate": Evaluate, "fisher": Fisher}
     for section, single in singles.items():
         if section in value:
             _validated(single, value[section], section, problems)
     for name, block in _section(value, "methods", problems).items():
-        if name not in _choices("losses"):
-            problems.append(
-                f"methods.{name}: no file src/longtail/losses/{name}.py; there are {', '.join(_choices('losses'))}"
-            )
-        else:
-            schema = signature_block(LIBRARY / "losses" / f"{name}.py", "Loss.__init__")
-            _validated(schema, block, f"methods.{name}", problems)
+        _check_method(name, block, problems)
     for name, block in _section(value, "sources", problems).items():
         reader = block.get("reader") if isinstance(block, dict) else None
         if reader not in _choices("sources"):
@@ -288,6 +338,39 @@ def validate(value: Any, file: str = "params.yaml") -> None:
     _check_names(value, problems)
     if problems:
         raise ParamsError("\n".join(f"{file}: {problem}" for problem in problems))
+
+
+KINDS = {"loss": ("losses", "Loss.__init__"), "refit": ("heads", "refit")}  # key: folder, function with the settings
+
+
+def kind(method: str, block: Any) -> tuple[str, str]:
+    """What a method is: (loss | refit | fuse, the name of its file; for fuse its own).
+
+    A block says it with a key of that name (`loss: ldam`); else it is the file of its own name, a loss where there is
+    none.
+    """
+    keys = block if isinstance(block, dict) else {}
+    if "fuse" in keys:
+        return "fuse", method
+    for key in KINDS:
+        if key in keys:
+            return key, str(keys[key])
+    return ("refit" if method in _choices("heads") else "loss"), method
+
+
+def _check_method(method: str, block: Any, problems: list[str]) -> None:
+    what, name = kind(method, block)
+    if what == "fuse":
+        _validated(Fuse, block, f"methods.{method}", problems)
+        return
+    folder, function = KINDS[what]
+    if name not in _choices(folder):
+        given = f"methods.{method}" + (f".{what} = {name!r}" if isinstance(block, dict) and what in block else "")
+        there = ", ".join(_choices(folder))
+        problems.append(f"{given}: no file src/longtail/{folder}/{name}.py; there are {there}")
+        return
+    settings = {key: item for key, item in block.items() if key != what} if isinstance(block, dict) else block
+    _validated(signature_block(LIBRARY / folder / f"{name}.py", function), settings, f"methods.{method}", problems)
 
 
 def _section(value: dict[str, Any], section: str, problems: list[str]) -> dict[str, Any]:
@@ -323,10 +406,36 @@ def _check_names(value: dict[str, Any], problems: list[str]) -> None:
             names = block.get(axis) if isinstance(block, dict) else None
             for name in names if isinstance(names, list) else []:
                 check(f"plans.{plan}.{axis}", name, axis)
+    methods = value["methods"] if isinstance(value.get("methods"), dict) else {}
+    for method, block in methods.items():
+        experts = block.get("fuse") if isinstance(block, dict) else None
+        for name in experts if isinstance(experts, list) else []:
+            check(f"methods.{method}.fuse", name, "methods")
+    for plan in known("plans"):
+        if isinstance(value["plans"][plan], dict):
+            _check_kinds(plan, value["plans"][plan], methods, problems)
     for dataset in known("datasets"):
         block = value["datasets"][dataset]
         if isinstance(block, dict):
             check(f"datasets.{dataset}.source", block.get("source"), "sources")
+
+
+def _check_kinds(plan: str, block: dict[str, Any], methods: dict[str, Any], problems: list[str]) -> None:
+    """The lists `trained`, `refit`, `fuse` of a plan are its methods of that kind; what they start from is there."""
+    chosen = [name for name in block.get("methods") or [] if name in methods]
+    kinds: dict[str, list[str]] = {"loss": [], "refit": [], "fuse": []}
+    for name in chosen:
+        kinds[kind(name, methods[name])[0]].append(name)
+    needed = {*(["ce"] if kinds["refit"] else [])}
+    for name in kinds["fuse"]:
+        needed |= set(methods[name]["fuse"])
+    all_trained = not kinds["refit"] and not kinds["fuse"]
+    for key, expected in (("trained", kinds["loss"]), ("refit", kinds["refit"]), ("fuse", kinds["fuse"])):
+        given = block.get(key, expected if all_trained or not expected else None)
+        if given != expected:
+            problems.append(f"plans.{plan}.{key} = {given}: must be {expected}, the plan's methods of that kind")
+    if missing := sorted(needed - set(chosen)):
+        problems.append(f"plans.{plan}.methods: lacks {', '.join(missing)}, which others of them start from")
 
 
 def load(path: str | Path = "params.yaml") -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import NullLocator
 from PIL import Image
 
 PALETTE = ("#4d4d4d", "#0072b2", "#d55e00", "#009e73", "#aa4499", "#b08800", "#56b4e9", "#882255")
@@ -45,6 +46,7 @@ WIDTH, HEIGHT = 420, 300
 WIDE = 600
 SMALL_WIDTH, SMALL_HEIGHT = 320, 260  # four in a row on a wide page
 PIXELS = 96  # CSS pixels in an inch
+MANY_MARKS = 16  # a legend of more would hide them
 MANY_CLASSES = 30  # from here on, classes are summed up by neighbours
 NEIGHBOURS = 10
 PALETTE_SIZE = 64  # a chart needs no more colours, and the page is a quarter of the size
@@ -65,6 +67,21 @@ class Figure(NamedTuple):
 def colours(methods: Sequence[str]) -> dict[str, str]:
     """One colour a method, by its place in the plan."""
     return {method: PALETTE[i % len(PALETTE)] for i, method in enumerate(methods)}
+
+
+def leading(table: Sequence[Row], baseline: str) -> list[str]:
+    """As many methods as there are colours, in the table's order: all, or the baseline and those of highest accuracy.
+
+    Accuracy is that of the raw rows, mean over recipes.
+    """
+    accuracies: dict[str, list[float]] = {}
+    for row in table:
+        accuracies.setdefault(row["method"], [])
+        if row["correction"] == "raw" and row["n"]:
+            accuracies[row["method"]].append(row["accuracy_mean"])
+    means = {method: mean(values) if values else -1.0 for method, values in accuracies.items()}
+    ranked = sorted(means, key=lambda method: (method != baseline, -means[method]))[: len(PALETTE)]
+    return [method for method in accuracies if method in ranked]
 
 
 @contextmanager
@@ -221,6 +238,43 @@ def curves(
         return picture(axis, alt, f"{caption} Recipe {recipe}.")
 
 
+def gradients(rows: Sequence[Row], *, recipe: str, name: str) -> Figure:
+    """Gradient ratio by epoch, a line for each class, or where they are many for each of ten groups of neighbours.
+
+    Rows are {epoch, class, train_images, ratio}; a line is the geometric mean of its classes.
+    """
+    images = {row["class"]: row["train_images"] for row in rows}
+    ranked = sorted(images, key=lambda c: images[c])
+    parts = len(ranked) if len(ranked) < MANY_CLASSES else NEIGHBOURS
+    groups = [ranked[round(i * len(ranked) / parts) : round((i + 1) * len(ranked) / parts)] for i in range(parts)]
+    colours = matplotlib.colormaps["viridis"]
+    with axes(SMALL_WIDTH, SMALL_HEIGHT) as axis:
+        axis.axhline(1, color="#9a9a9a", linewidth=1, linestyle=(0, (2, 2)))
+        ends = []
+        for place, group in enumerate(groups):
+            logs: dict[int, list[float]] = {}
+            for row in rows:
+                if row["class"] in group:
+                    logs.setdefault(row["epoch"], []).append(math.log(row["ratio"]))
+            line = {epoch: math.exp(mean(values)) for epoch, values in sorted(logs.items())}
+            few, many = images[group[0]], images[group[-1]]
+            label = f"{few} to {many} images" if place in (0, len(groups) - 1) else None
+            axis.plot([*line], [*line.values()], color=colours(0.92 * place / max(len(groups) - 1, 1)), linewidth=1.3,
+                      marker="o" if len(line) == 1 else None, label=label)  # fmt: skip
+            ends.append(list(line.values())[-1])
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.yaxis.set_minor_formatter(lambda value, _: "")
+        axis.set(title=name, xlabel="epoch", ylabel="positive / negative gradient")
+        axis.locator_params(axis="x", integer=True)
+        axis.legend(loc="best")
+        alt = (
+            f"Gradient ratio by epoch, {name}, recipe {recipe}: at the last epoch {ends[0]:.2g} for the classes with "
+            f"fewest images and {ends[-1]:.2g} for those with most."
+        )
+        return picture(axis, alt, f"Lines: classes with few (dark) to many images (bright). Recipe {recipe}.")
+
+
 def under_shift(rows: Sequence[Row], *, recipe: str, names: Mapping[str, str], colours: Mapping[str, str]) -> Figure:
     """Accuracy from forward to backward test distributions: full lines without, broken ones with the test prior."""
     distributions = list(dict.fromkeys(row["distribution"] for row in rows))
@@ -296,21 +350,29 @@ def reliability(rows: Sequence[Row], *, recipe: str, names: Mapping[str, str], c
                                   f"Recipe {recipe}.")  # fmt: skip
 
 
-def cost(rows: Sequence[Row], *, names: Mapping[str, str], colours: Mapping[str, str]) -> Figure:
-    """Test accuracy against minutes of training, a mark a cell: colour is the method, shape the recipe."""
+COSTS = {  # title, axis, unit
+    "minutes": ("What training time buys", "minutes of training", "min"),
+    "memory_mib": ("What memory buys", "most memory in training (MiB)", "MiB"),
+}
+
+
+def cost(rows: Sequence[Row], what: str, *, names: Mapping[str, str], colours: Mapping[str, str]) -> Figure:
+    """Test accuracy against one of COSTS, a mark a cell: colour is the method, shape the recipe."""
+    title, axis_label, unit = COSTS[what]
     recipes = list(dict.fromkeys(row["recipe"] for row in rows))
     with axes() as axis:
         said = []
         for recipe, method in dict.fromkeys((row["recipe"], row["method"]) for row in rows):
             mine = [row for row in rows if (row["recipe"], row["method"]) == (recipe, method)]
-            minutes, accuracy = ([row["minutes"] for row in mine], [100 * row["accuracy"] for row in mine])
-            axis.plot(minutes, accuracy, linestyle="none", marker="osD^vP"[recipes.index(recipe) % 6], markersize=5.5,
+            spent, accuracy = ([row[what] for row in mine], [100 * row["accuracy"] for row in mine])
+            axis.plot(spent, accuracy, linestyle="none", marker="osD^vP"[recipes.index(recipe) % 6], markersize=5.5,
                       color=colours[method], label=f"{names[method]}, {recipe}")  # fmt: skip
-            said.append(f"{names[method]}, recipe {recipe}, {mean(minutes):.0f} min {mean(accuracy):.1f} %")
-        axis.set(title="What training time buys", xlabel="minutes of training", ylabel="test accuracy (%)")
+            said.append(f"{names[method]}, recipe {recipe}, {mean(spent):.0f} {unit} {mean(accuracy):.1f} %")
+        axis.set(title=title, xlabel=axis_label, ylabel="test accuracy (%)")
         axis.set_xlim(left=0)
-        axis.legend(loc="best")
-        alt = f"Test accuracy against training time: {'; '.join(said)}."
+        if len(said) <= MANY_MARKS:
+            axis.legend(loc="best")
+        alt = f"{title}: {'; '.join(said)}."
         machine = "On the machine of benchmarks/results/time_to_accuracy.md; looks at test accuracy included."
         return picture(axis, alt, machine)
 
@@ -348,6 +410,82 @@ def energies(cells: Mapping[str, Sequence[Mapping[str, str]]]) -> bytes:
         drawn = io.BytesIO()
         canvas.savefig(drawn, format="png", dpi=1.5 * PIXELS, metadata={"Software": None})
     return drawn.getvalue()
+
+
+def fisher(rows: Sequence[Row]) -> bytes:
+    """A PNG of longtail.fisher's rows: what was trained as marks, what theory says as lines.
+
+    Excess balanced error against the mean of taus, against the factor of miscalibrated experts, and against ECE.
+    """
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)  # type: ignore[arg-type]  # its names are a Literal
+        canvas = Canvas(figsize=(12.6, 4.2), layout="constrained")
+        panels = canvas.subplots(1, 3)
+        for axis, draw in zip(panels, (_by_mean_tau, _by_scale, _by_mixup), strict=True):
+            draw(axis, rows)
+        panels[0].set_ylabel("balanced error above Bayes (points)")
+        drawn = io.BytesIO()
+        canvas.savefig(drawn, format="png", dpi=1.5 * PIXELS, metadata={"Software": None})
+    return drawn.getvalue()
+
+
+def _by_mean_tau(axis: Axes, rows: Sequence[Row]) -> None:
+    axis.plot(*_points(rows, "mean tau, theory", "mean_tau", "predicted"), color=PALETTE[0], linewidth=1.4,
+              label="theory: Bayes' rule, prior ^ (1 − mean τ)")  # fmt: skip
+    for experts, marker, colour in (("quadratic", "o", PALETTE[1]), ("networks", "D", PALETTE[2])):
+        mine = [row for row in rows if row.get("experts") == experts]
+        places = _points(mine, "mean tau", "mean_tau", "measured")
+        axis.plot(*places, linestyle="none", marker=marker, markersize=8 if marker == "o" else 4.5, color=colour,
+                  markerfacecolor="none" if marker == "o" else colour, markeredgewidth=1.4,
+                  label=f"trained: {experts}")  # fmt: skip
+    balanced = [row for row in rows if row["experiment"] == "mean tau" and abs(row["mean_tau"] - 1) < 1e-9]
+    axis.annotate(f"{len(balanced)} sets of τ", (1, 0), (0, 12), textcoords="offset points", ha="center", fontsize=8.5)
+    axis.set(title="The mean of the taus decides", xlabel="mean τ of the experts")
+    axis.legend(loc="upper center")
+    axis.set_ylim(top=1.45 * axis.get_ylim()[1])  # room for the legend above the curve's arms
+
+
+def _by_scale(axis: Axes, rows: Sequence[Row]) -> None:
+    names = dict.fromkeys(row["name"] for row in rows if row["experiment"] == "miscalibrated")
+    for name, colour in zip(names, (PALETTE[3], PALETTE[5], PALETTE[4]), strict=True):
+        mine = [row for row in rows if row["name"] == name]
+        axis.plot(*_points(mine, "miscalibrated, theory", "scale", "predicted"), color=colour, linewidth=1.4)
+        axis.plot(*_points(mine, "miscalibrated", "scale", "measured"), linestyle="none", marker="o", markersize=6,
+                  color=colour, label=name)  # fmt: skip
+    axis.set(title="Experts made sharper", xlabel="factor (below 1: under-confident)", xscale="log")
+    scales = list(dict.fromkeys(_points(rows, "miscalibrated", "scale", "measured")[0]))
+    axis.set_xticks(scales, [f"{scale:.3g}" for scale in scales])
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.legend(loc="upper right", title="dots: measured, lines: theory", alignment="left")
+
+
+def _by_mixup(axis: Axes, rows: Sequence[Row]) -> None:
+    mixed = [row for row in rows if row["experiment"] == "mixup"]
+    kinds = dict.fromkeys((row["images"], row["name"]) for row in mixed)
+    names, sizes = ([*dict.fromkeys(kind[place] for kind in kinds)] for place in (1, 0))
+    for images, name in kinds:
+        mine = [row for row in mixed if (row["images"], row["name"]) == (images, name)]
+        ece, excess = ([100 * row[key] for row in mine] for key in ("ece", "measured"))
+        colour, marker = PALETTE[(0, 1)[names.index(name)]], "os^v"[sizes.index(images) % 4]
+        axis.plot(ece, excess, linestyle="none", marker=marker, markersize=4, color=colour, alpha=0.4,
+                  markeredgewidth=0)  # fmt: skip
+        axis.errorbar(mean(ece), mean(excess), xerr=_sd(ece), yerr=_sd(excess), marker=marker, markersize=8,
+                      color=colour, linewidth=1.2, label=f"{images} images, {name}")  # fmt: skip
+    axis.set(title="Networks that over-fit", xlabel="ECE of the experts (points)", xlim=(0, None), ylim=(0, None))
+    axis.legend(loc="lower right")
+
+
+def _points(rows: Sequence[Row], experiment: str, across: str, up: str) -> tuple[list[float], list[float]]:
+    """What a line or its marks go through, errors in points."""
+    mine = [row for row in rows if row["experiment"] == experiment]
+    return [row[across] for row in mine], [100 * row[up] for row in mine]
+
+
+def _sd(values: Sequence[float]) -> float:
+    """Sample standard deviation."""
+    middle = mean(values)
+    return math.sqrt(sum((value - middle) ** 2 for value in values) / (len(values) - 1))
 
 
 def _smooth(values: Sequence[float], width: int = 9) -> list[float]:

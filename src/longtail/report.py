@@ -29,6 +29,7 @@ from longtail.outcomes import (
     classes,
     curves,
     flags,
+    gradients,
     read,
     read_published,
     reliability,
@@ -50,9 +51,8 @@ MORE_READING = (
     "over all shares left out; lower is better for balanced error, Brier, the calibration errors and AURC."
 )
 GRID_READING = (
-    "Accuracy of the raw logits in percent. To the right: the best method minus cross-entropy with the same recipe, in "
-    "points, which is what a method buys. Below: the best recipe minus the worst one with the same method, which is "
-    "what a recipe buys. What has not run is a dash."
+    "Accuracy of the raw logits in percent. 'Method buys': minus cross-entropy with the same recipe, in points. "
+    "'Recipe buys': the best recipe minus the worst one with the same method. What has not run is a dash."
 )
 READING = (
     "Accuracy on the balanced test images at the last epoch, for all classes and for those with many, a "
@@ -72,6 +72,7 @@ BEST_ON_TEST = (
     "'Best on test': the highest test accuracy of a seed's epochs, at which the history looked. Optimistic, for it is "
     "chosen on the test images; here to show what that choice is worth. The last epoch is the result."
 )
+LEADING = "Cross-entropy and the seven methods with the highest accuracy, raw, mean over recipes."
 VERDICT = (
     "'Verdict': ours agrees with the published accuracy when it is within the 95 % interval of both (test images, our "
     "seeds, their runs where known); the notes say where it is not like with like."
@@ -205,26 +206,25 @@ def sure(results: Results, mine: Sequence[Row], dataset: str, names: Mapping[str
 
 
 def grid(mine: Sequence[Row], plan: Mapping[str, Any], names: Mapping[str, str]) -> Table:
-    """Recipe x method: what each buys. No lines when fewer than two recipes have run."""
+    """Method x recipe: what each buys. No lines when fewer than two recipes have run."""
     found = {(row["recipe"], row["method"]): row for row in mine if row["correction"] == RAW and row["n"]}
     recipes = [recipe for recipe in plan["recipes"] if any(key[0] == recipe for key in found)]
-    header = ["Recipe", *names.values(), "A method buys"]
+    header = ["Method", *(name for recipe in recipes for name in (recipe, "Method buys")), "Recipe buys"]
     if len(recipes) < 2:
-        return Table("Recipe and method", header, [], 1, GRID_READING)
+        return Table("Method and recipe", header, [], 1, GRID_READING)
     lines = []
-    for recipe in recipes:
-        means = {method: found[recipe, method]["accuracy_mean"] for method in names if (recipe, method) in found}
-        above = max(means.values()) - means[BASELINE] if BASELINE in means and len(means) > 1 else None
-        cells = [
-            spread(found[recipe, method]["accuracy_mean"], found[recipe, method]["accuracy_sd"])
-            if method in means else "-" for method in names
-        ]  # fmt: skip
-        lines.append([recipe, *cells, "-" if above is None else points(above)])
-    bought = []
-    for method in names:
-        values = [found[recipe, method]["accuracy_mean"] for recipe in recipes if (recipe, method) in found]
-        bought.append(points(max(values) - min(values)) if len(values) > 1 else "-")
-    return Table("Recipe and method", header, [*lines, ["A recipe buys", *bought, ""]], 1, GRID_READING)
+    for method, name in names.items():
+        means = {recipe: found[recipe, method]["accuracy_mean"] for recipe in recipes if (recipe, method) in found}
+        cells = [name]
+        for recipe in recipes:
+            row, base = found.get((recipe, method)), found.get((recipe, BASELINE))
+            cells.append("-" if row is None else spread(row["accuracy_mean"], row["accuracy_sd"]))
+            known = row and base and method != BASELINE
+            cells.append(points(row["accuracy_mean"] - base["accuracy_mean"]) if known else "-")  # type: ignore[index]
+        bought = points(max(means.values()) - min(means.values())) if len(means) > 1 else "-"
+        if means:
+            lines.append([*cells, bought])
+    return Table("Method and recipe", header, lines, 1, GRID_READING)
 
 
 def more(mine: Sequence[Row]) -> Table:
@@ -342,15 +342,18 @@ def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]], left: 
 
 def figures(results: Results, table: Sequence[Row], dataset: str) -> dict[str, list[plots.Figure]]:
     """The pictures of one data set, under the heading of each group ("" is the overview)."""
+    leading = plots.leading([row for row in table if row["dataset"] == dataset], BASELINE)
     style: dict[str, Any] = {
         "names": {method: method_name(method) for method in results.plan["methods"]},
-        "colours": plots.colours(results.plan["methods"]),
+        "colours": plots.colours([*leading, *(m for m in results.plan["methods"] if m not in leading)]),
     }
     by_class = [row for row in classes(results) if row["dataset"] == dataset]
-    by_epoch = [row for row in curves(results) if row["dataset"] == dataset]
-    shifted = under_shift.figures(under_shift.rows(results, dataset), style)
+    trained = results.plan.get("trained", results.plan["methods"])  # others have the history of what they start from
+    by_epoch = [row for row in curves(results) if row["dataset"] == dataset and row["method"] in trained]
+    shifted = under_shift.figures(chosen(under_shift.rows(results, dataset), leading), style)
     drawn: dict[str, list[plots.Figure]] = {
         "": [], "Accuracy by class": [], "Calibration and energies": [], "Shift": shifted, "Training": [],
+        "Gradient ratios": [],
     }  # fmt: skip
     if not by_class:
         return drawn
@@ -360,6 +363,8 @@ def figures(results: Results, table: Sequence[Row], dataset: str) -> dict[str, l
              and (row["n"] or row["published"] is not None)]  # fmt: skip
     for recipe in recipes:
         mine = [row for row in shown if row["recipe"] == recipe]
+        if len(leading) < len(results.plan["methods"]):  # a page long else
+            mine = [row for row in mine if row["correction"] == RAW]
         drawn[""].append(plots.forest(mine, limits=accuracy_limits(shown), recipe=recipe, **style))
         class_rows = [row for row in by_class if row["recipe"] == recipe]
         baseline = [row for row in class_rows if row["method"] == BASELINE]
@@ -370,21 +375,36 @@ def figures(results: Results, table: Sequence[Row], dataset: str) -> dict[str, l
                 plots.by_class(own, behind, lowest=min(known, default=0.0), recipe=recipe, **style)
             )
         bins = [row for row in reliability(results) if (row["dataset"], row["recipe"]) == (dataset, recipe)]
-        drawn["Calibration and energies"].append(plots.reliability(bins, recipe=recipe, **style))
-        drawn["Calibration and energies"].append(plots.aligned_energies(class_rows, recipe=recipe, **style))
-        epoch_rows = [row for row in by_epoch if row["recipe"] == recipe]
+        drawn["Calibration and energies"] += [
+            plots.reliability(chosen(bins, leading), recipe=recipe, **style),
+            plots.aligned_energies(chosen(class_rows, leading), recipe=recipe, **style),
+        ]
+        epoch_rows = chosen([row for row in by_epoch if row["recipe"] == recipe], leading)
         for measure in ("loss", "held_out_accuracy"):
             if any(row[measure] is not None for row in epoch_rows):
                 drawn["Training"].append(plots.curves(epoch_rows, measure, recipe=recipe, **style))
+        ratios = [row for row in gradients(results) if (row["dataset"], row["recipe"]) == (dataset, recipe)]
+        for method in dict.fromkeys(row["method"] for row in ratios if row["method"] in trained):
+            own = [row for row in ratios if row["method"] == method]
+            drawn["Gradient ratios"].append(plots.gradients(own, recipe=recipe, name=style["names"][method]))
+    if len(leading) < len(results.plan["methods"]):
+        for group in ("Calibration and energies", "Shift", "Training"):
+            drawn[group] = [figure._replace(caption=f"{figure.caption} {LEADING}") for figure in drawn[group]]
     first = [row for row in by_class if all(row[k] == by_class[0][k] for k in ("recipe", "method"))]
     drawn[""].insert(1, plots.class_profile(first, dataset=dataset))
     timed = [
-        {"recipe": key[1], "method": key[2], "minutes": minutes, "accuracy": results.cells[key].last[RAW]["accuracy"]}
-        for key, minutes in results.minutes.items() if key[0] == dataset
+        {"recipe": key[1], "method": key[2], "accuracy": results.cells[key].last[RAW]["accuracy"], **cost}
+        for key, cost in results.cost.items() if key[0] == dataset
     ]  # fmt: skip
-    if timed:
-        drawn["Training"].append(plots.cost(timed, **style))
+    for what in plots.COSTS:
+        if known := [row for row in timed if row[what] is not None]:
+            drawn["Training"].append(plots.cost(known, what, **style))
     return drawn
+
+
+def chosen(found: Sequence[Row], methods: Sequence[str]) -> list[Row]:
+    """The rows of these methods."""
+    return [row for row in found if row["method"] in methods]
 
 
 def accuracy_limits(table: Sequence[Row]) -> tuple[float, float]:

@@ -1,18 +1,17 @@
 """One cell, from arrays to weights: builds network and loss, runs the engine, shows and records what happens."""
 
 import os
-import platform
 import sys
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from longtail import batches, engine, files, inference, kernels, losses, networks, processes
+from longtail import batches, engine, files, inference, losses, machine, networks, processes
 from longtail.checkpoints import Checkpoint
-from longtail.live import Live, versions
+from longtail.live import Live
 
 HISTORY = ["epoch", "lr", "loss", "train_accuracy", "held_out_accuracy", "test_accuracy"]
 
@@ -37,35 +36,19 @@ def train(
 
     Raises ValueError for arrays that do not fit the recipe, FloatingPointError for a loss that is not finite.
     """
-    shown = {"recipe": recipe, "method": method}
-    recipe = dict(recipe)
-    arrays = files.load_arrays(data)
-    device, classes = inference.find_device(), len(arrays["class_names"])
+    device, seed = inference.find_device(), int(cell["seed"])
     processes.start(device)
-    sets = {
-        name: batches.Split.from_arrays(arrays[f"{name}_images"], arrays[f"{name}_labels"], classes, device)
-        for name in ("train", "held_out", "test")
-        if len(arrays[f"{name}_labels"])
-    }
-    seed = int(cell["seed"])
+    splits = batches.splits(files.load_arrays(data), device)
     inference.set_up(seed)
-    counts = torch.bincount(sets["train"].labels, minlength=classes)
-    loss = losses.load(cell["method"])(counts, **method)
-    network = networks.ResNet(
-        channels=sets["train"].images.shape[1],
-        classes=classes,
-        experts=loss.experts,
-        **recipe.pop("network"),
-        **recipe.pop("normalization"),
-    ).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network, loss = build(splits["train"], cell["method"], method, **recipe)
+    settings = {key: value for key, value in recipe.items() if key not in ("network", "normalization")}
 
-    identity = f"{fingerprint} torch {torch.__version__}"
-    checkpoint = Checkpoint(Path("runs/.checkpoints") / f"{fingerprint}.pt", identity)
+    checkpoint = Checkpoint(Path("runs/.checkpoints") / f"{fingerprint}.pt", f"{fingerprint} torch {torch.__version__}")
     name, first = " ".join(cell.values()), processes.rank() == 0
     with ExitStack() as open_while_training:
         if first:
             open_while_training.enter_context(checkpoint.alone())
-            live = open_while_training.enter_context(Live(cell, fingerprint, shown))
+            live = open_while_training.enter_context(Live(cell, fingerprint, {"recipe": recipe, "method": method}))
             progress = open_while_training.enter_context(Progress(name, recipe["epochs"]))
 
         def on_epoch(row: dict[str, Any]) -> None:
@@ -75,20 +58,36 @@ def train(
 
         try:
             fitted = engine.fit(
-                network, loss, sets["train"], sets.get("held_out"), sets.get("test"),
-                seed=seed, checkpoint=checkpoint, on_epoch=on_epoch, **recipe,
+                network, loss, splits["train"], splits.get("held_out"), splits.get("test"),
+                seed=seed, checkpoint=checkpoint, on_epoch=on_epoch, **settings,
             )  # fmt: skip
         except FloatingPointError as error:
             kept = f"; the checkpoint before it is {checkpoint.path}" if checkpoint.load() else ""
             raise FloatingPointError(f"{name}: {error}{kept}") from error
         if first:
             _write(fitted, Path(model), history)
-            speed = {"seconds": fitted.seconds, "images_per_s": len(sets["train"]) * recipe["epochs"] / fitted.seconds}
-            machine = {"training": fingerprint, **speed, **describe(device), "versions": versions()}
-            machine["precision"] = inference.precision_on(device, recipe["precision"])
-            files.write_json(Path(model).parent / "machine.json", machine)  # no out: another machine writes another one
+            machine.write(
+                model, fingerprint, device, seconds=fitted.seconds,
+                images_per_s=len(splits["train"]) * recipe["epochs"] / fitted.seconds,
+                precision=inference.precision_on(device, recipe["precision"]),
+            )  # fmt: skip
             checkpoint.remove()
     processes.stop()
+
+
+def build(
+    train: batches.Split, method: str, block: dict[str, Any], *, network: dict[str, Any], normalization: dict[str, Any],
+    **_: Any,
+) -> tuple[networks.Network, losses.BaseLoss]:  # fmt: skip
+    """A new network of a recipe, and the loss of a method's block for it; the weights come from torch's generator."""
+    arguments = {key: value for key, value in block.items() if key != "loss"}
+    counts = torch.bincount(train.labels, minlength=train.num_classes)
+    loss = losses.load(block.get("loss", method))(counts, **arguments)
+    loss.scale = network["scale"]
+    made = networks.build(
+        channels=train.images.shape[1], classes=train.num_classes, experts=loss.experts, **network, **normalization
+    )
+    return made.to(train.labels.device, memory_format=torch.channels_last), loss  # type: ignore[call-overload]
 
 
 def _write(fitted: engine.Fitted, folder: Path, history: str) -> None:
@@ -98,21 +97,10 @@ def _write(fitted: engine.Fitted, folder: Path, history: str) -> None:
         files.write_bytes(folder / "best.safetensors", fitted.best)
         epochs["best"] = fitted.best_epoch
     files.write_json(folder / "epochs.json", epochs)
-    files.write_csv(history, fitted.history, HISTORY)
-
-
-def describe(device: torch.device) -> dict[str, Any]:
-    """The machine that trains: what a run's time is worth."""
-    cpu = platform.processor() or platform.machine()
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {
-        "device": device.type, "cpu": cpu, "gpu": gpu, "threads": torch.get_num_threads(),
-        "processes": processes.world(),
-        "kernels": device.type == "cpu" and kernels.library() is not None, "torch": torch.__version__,
-    }  # fmt: skip
+    columns = dict.fromkeys(HISTORY)
+    for row in fitted.history:  # gradient ratios, in the rows in which the recipe asks for them
+        columns |= dict.fromkeys(row)
+    files.write_csv(history, fitted.history, [*columns])
 
 
 class Progress:

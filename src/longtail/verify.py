@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from longtail import readings, report
-from longtail.finished import STAGES, read_lock
+from longtail import manifest, readings, report
+from longtail.finished import MAKERS, STAGES, read_lock
 
 REPORT = ("table.md", "report.html", "summary.json", "curves.csv", "classes.csv")
 READINGS = ("readings.md", "readings.csv")
@@ -23,16 +23,20 @@ PICTURE = re.compile(rb"data:image/png;base64,[A-Za-z0-9+/=]*")  # other process
 ABSENT = ("deleted", "not in cache")  # DVC's words
 
 
-def verify(root: str | Path, plans: Mapping[str, Any], chosen: Sequence[str]) -> list[str]:
+def verify(root: str | Path, params: Mapping[str, Any], chosen: Sequence[str]) -> list[str]:
     """What is wrong with the committed results of the `chosen` plans, a line each; empty when all is as it should be.
 
-    Raises ValueError for a plan that params.yaml does not have.
+    Args:
+        params: the content of params.yaml.
+
+    Raises ValueError for a plan that it does not have.
     """
-    root = Path(root)
+    root, plans = Path(root), params["plans"]
     for plan in chosen:
         if plan not in plans:
             raise ValueError(f"plan {plan!r} is not in params.yaml; there are {', '.join(plans)}")
-    found = moved(root, targets(root, {plan: plans[plan] for plan in chosen}))
+    names = targets(root, {plan: plans[plan] for plan in chosen})
+    found = edited(root, params, names) + moved(root, names)
     for plan in chosen:
         found += differing(root, plan, plans[plan])
     return found
@@ -54,9 +58,30 @@ def targets(root: Path, plans: Mapping[str, Any]) -> list[str]:
                     for seed in axes["seeds"]:
                         cell = f"{plan}@{dataset}-{recipe}-{method}-{seed}"
                         if f"evaluate-{cell}" in lock:
-                            names += [f"{stage}-{cell}" for stage in (*STAGES, "compare")]
+                            names += [f"{stage}-{cell}" for stage in (*MAKERS.values(), *STAGES[1:], "compare")]
         names += [f"report@{plan}", f"readings-{plan}" if f"readings-{plan}" in lock else "readings"]
     return [name for name in dict.fromkeys(names) if name in lock]
+
+
+def edited(root: Path, params: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Code that is not that of the manifests of the stages: `stage: changed deps path modified`."""
+    now = manifest.texts(root, params)
+    changed: dict[str, list[str]] = {}
+    for name, text in now.items():
+        path = root / manifest.FOLDER / f"{name}.txt"
+        was, is_now = manifest.entries(path.read_text() if path.exists() else ""), manifest.entries(text)
+        changed[f"{manifest.FOLDER}/{name}.txt"] = [
+            f"{file} {'modified' if file in was and file in is_now else 'new' if file in is_now else 'deleted'}"
+            for file in sorted(was.keys() | is_now.keys())
+            if was.get(file) != is_now.get(file)
+        ]
+    lock = read_lock(root)
+    return [
+        f"{name}: changed deps {file}"
+        for name in names
+        for dep in lock[name].get("deps", ())
+        for file in changed.get(dep["path"], ())
+    ]
 
 
 def moved(root: Path, names: Sequence[str]) -> list[str]:

@@ -5,12 +5,22 @@ prior ** (1 - tau_e): tau 0 keeps the long tail, 1 is uniform, 2 inverts it. The
 logits (a product of experts, longtail.networks.product); when the taus average to one it aims at the balanced error.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from longtail.losses import BaseLoss
-from longtail.ranges import Numbers
+from longtail.ranges import Biases
+
+
+def biases(taus: Any) -> list[float]:
+    """One for each expert: the list, or of {low, high, count} so many at equal distances; one alone in the middle."""
+    if not isinstance(taus, dict):
+        return list(taus)
+    low, high, count = taus["low"], taus["high"], taus["count"]
+    return [low + (high - low) * (e / (count - 1) if count > 1 else 0.5) for e in range(count)]
 
 
 class Loss(BaseLoss):
@@ -18,13 +28,14 @@ class Loss(BaseLoss):
 
     Args:
         class_counts_C: training images of each class, all > 0.
-        taus: the bias of each expert; there are as many experts.
+        taus: the bias of each expert, see `biases`; there are as many experts.
     """
 
     shift_E1C: Tensor
 
-    def __init__(self, class_counts_C: Tensor, *, taus: Numbers):
+    def __init__(self, class_counts_C: Tensor, *, taus: Biases):
         super().__init__()
+        taus = biases(taus)
         self.experts = len(taus)
         log_prior_C = (class_counts_C.double() / class_counts_C.sum()).log()
         shift_E1C = torch.tensor(taus, dtype=torch.double).view(-1, 1, 1) * log_prior_C.cpu()

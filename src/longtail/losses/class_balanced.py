@@ -1,0 +1,41 @@
+"""Class-balanced loss: weights from the effective number of images (Cui et al., CVPR 2019, arXiv:1901.05555)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longtail.losses import BaseLoss
+from longtail.ranges import Fraction
+
+
+def weights(class_counts_C: Tensor, beta: float) -> Tensor:
+    """One over the effective number (1 - beta^n) / (1 - beta) (eq. 2), times what makes them sum to C.
+
+    In float64. beta = 0 gives ones; towards 1 they tend to inverse frequencies.
+    """
+    log_beta = torch.tensor(beta, dtype=torch.double).log()
+    effective_C = torch.expm1(class_counts_C.double() * log_beta) / (beta - 1)  # 1 - beta^n would cancel
+    return len(effective_C) / (effective_C * (1 / effective_C).sum())
+
+
+class Loss(BaseLoss):
+    """Cross-entropy, each image times the weight of its class; beta = 0 or equal counts are cross-entropy.
+
+    The sum is divided by the number of images, as in the paper's code, not by their weights as `ldam` does.
+
+    Args:
+        class_counts_C: training images of each class, all > 0.
+        beta: how soon more images of a class add nothing new: after about 1 / (1 - beta).
+    """
+
+    weight_C: Tensor
+
+    def __init__(self, class_counts_C: Tensor, *, beta: Fraction):
+        super().__init__()
+        self.register_buffer("weight_C", weights(class_counts_C, beta).float())
+
+    def forward(self, logits_EBC: Tensor, labels_B: Tensor, weight: float = 1.0) -> Tensor:
+        """Mean over experts and batch, in nats."""
+        labels_N = labels_B.expand(len(logits_EBC), -1).flatten()
+        loss_N = F.cross_entropy(logits_EBC.flatten(0, 1), labels_N, self.weight_C, reduction="none")
+        return weight * loss_N.mean()

@@ -1,0 +1,9 @@
+"""Write down which code each stage runs, so that each depends on its own."""
+
+from pathlib import Path
+
+from longtail import files, manifest, stage
+
+with stage.run("out") as (args, params):
+    for name, text in manifest.texts(Path.cwd(), params).items():
+        files.write_text(f"{args.out}/{name}.txt", text)

@@ -1,0 +1,17 @@
+"""Give a trained network other heads, on frozen features."""
+
+from longtail import refit, stage
+
+with stage.run("data", "model", "history", "method", "seed", "out", "history_out") as (args, params):
+    settings = dict(params[f"methods.{args.method}"])
+    refit.run(
+        args.fingerprint,
+        data=args.data,
+        model=args.model,
+        history=args.history,
+        way=settings.pop("refit", args.method),
+        seed=int(args.seed),
+        out=args.out,
+        history_out=args.history_out,
+        **settings,
+    )
