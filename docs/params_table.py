@@ -30,19 +30,22 @@ STEPS = (
     "download",
     "subsample",
     "train",
+    "refit",
+    "fuse",
     "predict",
     "align",
     "evaluate",
     "compare",
     "readings",
+    "fisher",
     "report",
     "quick",
 )
 HEAD = """# What re-runs when a line of params.yaml changes
 
 Made by `python docs/params_table.py`, which changes each line in a copy and asks DVC; tests/test_pipeline.py checks it.
-`check` re-runs for every line (a second) and nothing follows from it. 'Follows' holds where an out really changes: DVC
-stops a chain at equal bytes.
+`check` re-runs for every line, `manifests` for those under methods and sources: a second or two, and nothing follows
+from either but for another loss or reader. 'Follows' holds where an out really changes: DVC stops a chain there else.
 
 | line of params.yaml | touches | follows |
 | --- | --- | --- |
@@ -75,7 +78,8 @@ def leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def other(key: str, value: Any, values: dict[str, Any]) -> Any:
     """Another value than `value`: DVC does not ask whether it is allowed, but a plan's names must exist."""
     if key.startswith("plans."):
-        names = values.get(key.split(".")[-1], [])
+        axis = key.split(".")[-1]
+        names = values.get("methods" if axis in ("trained", "refit", "fuse") else axis, [])
         more = [name for name in names if name not in value] if names else [max(value) + 1]
         return [*value, more[0]] if more else value[:-1]
     if key.endswith((".reader", ".source")):
@@ -145,13 +149,14 @@ class Pipeline:
                     if before is None or before.cmd != stage.cmd or paths[0] != paths[1]:
                         touched.add(self.name(stage))
         self.write(self.values)
-        return touched
+        return touched - {"manifests"}
 
     def shapes_the_pipeline(self, key: str) -> bool:
         """Whether dvc.yaml itself reads the key, so that another pipeline may come out: seconds to find out."""
         section, *_, last = key.split(".")
         pipeline = (self.folder / "stages/dvc.yaml").read_text()
-        return section == "plans" or (section in ("sources", "datasets") and f"${{item.{last}}}" in pipeline)
+        shaping = section in ("sources", "datasets") and f"${{item.{last}}}" in pipeline
+        return section == "plans" or shaping or (section == "methods" and last == "fuse")
 
     def followers(self, names: set[str]) -> set[str]:
         """Every stage downstream of the named ones, but for themselves."""

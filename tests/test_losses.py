@@ -261,9 +261,11 @@ def test_uniform_counts_are_cross_entropy(method):
     torch.testing.assert_close(value, losses.load("ce")(uniform_C)(logits_EBC, labels_B))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_gradient(method):
-    loss = losses.load(method)(COUNTS_C, **ARGUMENTS[method]).eval().double()
+@pytest.mark.parametrize(
+    ("method", "changes"), [*((method, {}) for method in METHODS), *(("gala", {"variant": v}) for v in VARIANTS[1:])]
+)
+def test_gradient(method, changes):
+    loss = losses.load(method)(COUNTS_C, **ARGUMENTS[method] | changes).eval().double()
     logits_EBC, labels_B = case(experts=loss.experts, batch=3)
     assert torch.autograd.gradcheck(lambda z: loss(z, labels_B), logits_EBC.double().requires_grad_())
 
@@ -281,12 +283,14 @@ def test_relabelling_the_classes_changes_nothing(method):
         permuted.after_step()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "changes"), [*((method, {}) for method in METHODS), *(("gala", {"variant": v}) for v in VARIANTS[1:])]
+)
 @pytest.mark.parametrize("size", [1e4, -1e4])
-def test_extremes_stay_finite(method, size):
+def test_extremes_stay_finite(method, changes, size):
     counts_C = torch.ones(10_000, dtype=torch.long)
     counts_C[0] = 100_000
-    loss = losses.load(method)(counts_C, **ARGUMENTS[method])
+    loss = losses.load(method)(counts_C, **ARGUMENTS[method] | changes)
     logits_EBC = torch.zeros(loss.experts, 4, len(counts_C))
     logits_EBC[:, :, 5] = size
     logits_EBC.requires_grad_()
