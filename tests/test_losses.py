@@ -19,7 +19,7 @@ ARGUMENTS = {
     "gala_balpoe": {"taus": [0.0, 1.0, 2.0]},
     "balpoe": {"taus": [0.0, 1.0, 2.0]},
     "focal": {"gamma": 2.0},
-    "class_balanced": {"beta": 0.9999},
+    "class_balanced": {"beta": 0.9999, "divide_by": "images"},
     "class_balanced_sampling": {},
     "ldam": {"max_margin": 0.5, "deferred": 0.8, "beta": 0.9999},
     "lade": {"alpha": 0.1, "remine_lambda": 0.1},
@@ -239,7 +239,8 @@ def test_another_number_of_experts_is_refused(method):
         ("balanced_softmax", {"tau": 0.0}),
         ("balpoe", {"taus": [0.0]}),
         ("focal", {"gamma": 0.0}),
-        ("class_balanced", {"beta": 0.0}),
+        ("class_balanced", {"beta": 0.0, "divide_by": "images"}),
+        ("class_balanced", {"beta": 0.0, "divide_by": "weights"}),
         ("class_balanced_sampling", {}),
         ("ldam", {"max_margin": 0.0, "deferred": 1.0, "beta": 0.9999}),
         *(("gala", ARGUMENTS["gala"] | {"variant": v, "lambda1": 0.0, "lambda2": 0.0}) for v in VARIANTS),
@@ -347,8 +348,11 @@ def test_class_balanced_is_its_twin(beta):
     w = class_balanced_twin(beta)
     pairs = zip(logits_EBC[0].tolist(), labels_B.tolist(), strict=True)
     expected = sum(w[y] * cross_entropy_twin(z, y) for z, y in pairs) / len(labels_B)
-    value = losses.load("class_balanced")(COUNTS_C, beta=beta)(logits_EBC, labels_B)
+    value = losses.load("class_balanced")(COUNTS_C, beta=beta, divide_by="images")(logits_EBC, labels_B)
     assert value.item() == pytest.approx(expected, rel=1e-5)
+    value = losses.load("class_balanced")(COUNTS_C, beta=beta, divide_by="weights")(logits_EBC, labels_B)
+    weighted = expected * len(labels_B) / sum(w[y] for y in labels_B.tolist())
+    assert value.item() == pytest.approx(weighted, rel=1e-5)
 
 
 def test_class_balanced_weights_by_hand():
@@ -409,8 +413,7 @@ def test_ldam_of_equal_counts_has_one_margin():
 
 def test_ldam_deferred_is_class_balanced_over_the_weights_of_the_batch():
     logits_EBC, labels_B = case()
-    balanced = losses.load("class_balanced")(COUNTS_C, beta=0.9999)
-    expected = balanced(logits_EBC, labels_B) / balanced.weight_C[labels_B].mean()
+    expected = losses.load("class_balanced")(COUNTS_C, beta=0.9999, divide_by="weights")(logits_EBC, labels_B)
     torch.testing.assert_close(ldam(200, max_margin=0.0)(logits_EBC, labels_B), expected)
 
 

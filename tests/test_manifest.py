@@ -55,8 +55,9 @@ def test_it_is_what_python_imports(name):
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = {Path(file).relative_to(ROOT).as_posix() for file in done.stdout.split()}
-    plumbing = {f"src/longtail/{stem}.py" for stem in manifest.PLUMBING}
-    assert loaded - plumbing <= code(name)
+    library = ROOT / "src/longtail"
+    by_plumbing = manifest.closure([library / f"{stem}.py" for stem in manifest.PLUMBING], library)
+    assert loaded - {file.relative_to(ROOT).as_posix() for file in by_plumbing} <= code(name)
     python = {file for file in code(name) if file.endswith(".py")}
     assert python - loaded <= LATE.get(name, set()) | {script.relative_to(ROOT).as_posix()}
 

@@ -1,5 +1,7 @@
 """Class-balanced loss: weights from the effective number of images (Cui et al., CVPR 2019, arXiv:1901.05555)."""
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,21 +23,24 @@ def weights(class_counts_C: Tensor, beta: float) -> Tensor:
 class Loss(BaseLoss):
     """Cross-entropy, each image times the weight of its class; beta = 0 or equal counts are cross-entropy.
 
-    The sum is divided by the number of images, as in the paper's code, not by their weights as `ldam` does.
-
     Args:
         class_counts_C: training images of each class, all > 0.
         beta: how soon more images of a class add nothing new: after about 1 / (1 - beta).
+        divide_by: the sum over the batch is divided by the number of its `images`, as in the paper's code: then a batch
+            without rare images has next to no gradient; or by their `weights`, as in LDAM's code.
     """
 
     weight_C: Tensor
 
-    def __init__(self, class_counts_C: Tensor, *, beta: Fraction):
+    def __init__(self, class_counts_C: Tensor, *, beta: Fraction, divide_by: Literal["images", "weights"]):
         super().__init__()
+        self.divide_by = divide_by
         self.register_buffer("weight_C", weights(class_counts_C, beta).float())
 
     def forward(self, logits_EBC: Tensor, labels_B: Tensor, weight: float = 1.0) -> Tensor:
         """Mean over experts and batch, in nats."""
         labels_N = labels_B.expand(len(logits_EBC), -1).flatten()
         loss_N = F.cross_entropy(logits_EBC.flatten(0, 1), labels_N, self.weight_C, reduction="none")
+        if self.divide_by == "weights":
+            return weight * loss_N.sum() / self.weight_C[labels_N].sum()
         return weight * loss_N.mean()
