@@ -656,6 +656,8 @@ def test_gradient_ratios_are_drawn_where_they_were_recorded_and_of_those_that_tr
         f"Gradient ratio by epoch, {name}, recipe plain: at the last epoch 0.35 for the classes with fewest images "
         "and 1 for those with most." for name in ("Cross-entropy", "BalPoE (3 experts)")
     ]  # fmt: skip
+    page = Page(report.html(results, []))
+    assert [image["alt"] for image in page.images[-2:]] == [figure.alt for figure in drawn]
     second_stage = outcomes.read("toy", PLAN | {"trained": ["ce"], "refit": ["balpoe"]}, cells)
     drawn = report.figures(second_stage, outcomes.rows(second_stage, []), "toy_if10")
     assert len(drawn["Gradient ratios"]) == 1

@@ -46,6 +46,7 @@ WIDTH, HEIGHT = 420, 300
 WIDE = 600
 SMALL_WIDTH, SMALL_HEIGHT = 320, 260  # four in a row on a wide page
 PIXELS = 96  # CSS pixels in an inch
+RATIO_TICKS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20)
 MANY_MARKS = 16  # a legend of more would hide them
 MANY_CLASSES = 30  # from here on, classes are summed up by neighbours
 NEIGHBOURS = 10
@@ -263,8 +264,11 @@ def gradients(rows: Sequence[Row], *, recipe: str, name: str) -> Figure:
                       marker="o" if len(line) == 1 else None, label=label)  # fmt: skip
             ends.append(list(line.values())[-1])
         axis.set_yscale("log")
+        low, high = axis.get_ylim()
+        ticks = RATIO_TICKS if high / low > 3 else [tenths / 10 for tenths in range(3, 31)]
+        axis.set_yticks([tick for tick in ticks if low <= tick <= high])
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.yaxis.set_minor_formatter(lambda value, _: "")
+        axis.minorticks_off()
         axis.set(title=name, xlabel="epoch", ylabel="positive / negative gradient")
         axis.locator_params(axis="x", integer=True)
         axis.legend(loc="best")
