@@ -7,7 +7,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from longtail import params
+from longtail import networks, params
 
 GOOD = yaml.safe_load((ROOT / "params.yaml").read_text())
 
@@ -199,9 +199,14 @@ def test_bad_network(network, messages):
     assert str(caught.value).splitlines() == [f"params.yaml: recipes.gala.{message}" for message in messages]
 
 
-def test_a_network_has_a_depth_or_an_architecture():
-    params.validate(changed("recipes.gala.network", {"depth": 20, "width": 16, "head": "linear", "scale": 1}))
-    params.validate(changed("recipes.gala.network", LARGE))
+@pytest.mark.parametrize(
+    ("network", "kind"),
+    [({"depth": 20, "width": 16, "head": "linear", "scale": 1}, "ResNet"), (LARGE, "LargeResNet")],
+)
+def test_a_network_that_the_schema_lets_through_can_be_built(network, kind):
+    params.validate(changed("recipes.gala.network", network))
+    built = networks.build(channels=1, classes=3, experts=1, mean=[0.5], std=[0.5], **network)
+    assert type(built).__name__ == kind
 
 
 @pytest.mark.parametrize(

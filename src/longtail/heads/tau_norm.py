@@ -5,10 +5,11 @@ A cosine head has no lengths to normalise: it stays as it is.
 
 import copy
 
+import numpy as np
 import torch
 from torch import nn
 
-from longtail import heads, networks
+from longtail import heads, metrics, networks
 from longtail.ranges import Numbers
 
 
@@ -23,7 +24,14 @@ def refit(head: nn.Module, known: heads.Known, *, taus: Numbers) -> nn.Module:
     if known.held_out is None:
         return candidates[0]
     features_ND, labels_N = known.held_out
-    return max(candidates, key=lambda candidate: class_accuracy(candidate, features_ND, labels_N))
+
+    def accuracy(candidate: nn.Module) -> float:
+        with torch.no_grad():
+            predictions_N = candidate(features_ND).argmax(1)
+        by_class_C = metrics.class_accuracy(predictions_N.numpy(), labels_N.numpy(), known.num_classes)
+        return float(np.nanmean(by_class_C))
+
+    return max(candidates, key=accuracy)
 
 
 def normalised(head: nn.Module, tau: float) -> nn.Module:
@@ -34,12 +42,3 @@ def normalised(head: nn.Module, tau: float) -> nn.Module:
             new.weight /= new.weight.norm(dim=1, keepdim=True) ** tau
             new.bias.zero_()
     return new
-
-
-@torch.no_grad()
-def class_accuracy(head: nn.Module, features_ND: torch.Tensor, labels_N: torch.Tensor) -> float:
-    """Mean over the classes that there are of the share recognised."""
-    right_N = (head(features_ND).argmax(1) == labels_N).double()
-    total_C = torch.bincount(labels_N)
-    right_C = torch.bincount(labels_N, weights=right_N)
-    return float((right_C / total_C)[total_C > 0].mean())
