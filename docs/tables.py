@@ -1,19 +1,19 @@
-"""Copy the table of the plan `quick` into README.md, shortened; no number there is typed by hand.
+"""Copy tables of committed results into the documents that speak of them; no number there is typed by hand.
 
-python docs/readme_table.py            # from results/quick/table.md
-python docs/readme_table.py --check    # exits with 1 when README.md is not that of the committed results
+python docs/tables.py            # from results/*/table.md
+python docs/tables.py --check    # exits with 1 when a document has another table than the committed results
 """
 
 import argparse
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TABLE = "results/quick/table.md"
+START, END = "<!-- results: made by docs/tables.py -->\n", "<!-- end of results -->\n"
 COLUMNS = ("Method", "Correction", "Seeds", "All", "Many", "Medium", "Few", "NLL", "ECE")
 CORRECTIONS = ("none", "logit adjustment", "aligned on held-out")  # the others are in the table itself
-START, END = "<!-- results: made by docs/readme_table.py -->\n", "<!-- end of results -->\n"
 
 
 def shortened(table: str) -> str:
@@ -26,18 +26,37 @@ def shortened(table: str) -> str:
     return "".join(f"| {' | '.join(row[place] for place in places)} |\n" for row in rows)
 
 
-def with_table(readme: str, table: str) -> str:
-    """`readme` with the table between its two marks."""
-    before, rest = readme.split(START)
-    return before + START + shortened(table) + END + rest.split(END)[1]
+def method_and_recipe(table: str) -> str:
+    """The section of that name, with what it says before its table."""
+    return table.split("### Method and recipe\n\n")[1].split("\n###")[0].rstrip("\n") + "\n"
+
+
+COPIES: dict[str, tuple[str, Callable[[str], str]]] = {
+    "README.md": ("results/quick/table.md", shortened),
+    "docs/methods.md": ("results/methods/table.md", method_and_recipe),
+}
+
+
+def with_table(document: str, copied: str) -> str:
+    """`document` with `copied` between its two marks."""
+    before, rest = document.split(START)
+    return before + START + copied + END + rest.split(END)[1]
+
+
+def committed(path: str) -> str:
+    """A run on another machine may change the file here, not what was committed."""
+    show = subprocess.run(["git", "show", f"HEAD:{path}"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return show.stdout
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
-    readme = (ROOT / "README.md").read_text()
-    if parser.parse_args().check:  # a run on another machine may change the file here, not what was committed
-        show = subprocess.run(["git", "show", f"HEAD:{TABLE}"], cwd=ROOT, capture_output=True, text=True, check=True)
-        same = readme == with_table(readme, show.stdout)
-        sys.exit(0 if same else "README.md has another table than the committed results: python docs/readme_table.py")
-    (ROOT / "README.md").write_text(with_table(readme, (ROOT / TABLE).read_text()))
+    check = parser.parse_args().check
+    for document, (results, copy) in COPIES.items():
+        text = (ROOT / document).read_text()
+        table = committed(results) if check else (ROOT / results).read_text()
+        if not check:
+            (ROOT / document).write_text(with_table(text, copy(table)))
+        elif text != with_table(text, copy(table)):
+            sys.exit(f"{document} has another table than the committed {results}: python docs/tables.py")
