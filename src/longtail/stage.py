@@ -8,7 +8,6 @@ import argparse
 import hashlib
 import os
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +20,6 @@ import yaml
 from longtail import manifest
 from longtail import params as schema
 from longtail.live import fingerprint
-
-READS, READ_AGAIN_S = 50, 0.1  # of the pipeline, while another dvc writes its lock file
 
 
 @dataclass(frozen=True)
@@ -92,20 +89,16 @@ def declared() -> Stage:
     address = os.environ.get("DVC_STAGE")
     if not address:
         sys.exit(f"{sys.argv[0]} is a stage of the pipeline: run it with `dvc repro`, see README.md")
-    from dvc.repo import Repo  # half a second: only where a stage really runs
+    from dvc.dvcfile import load_file  # half a second: only where a stage really runs
+    from dvc.repo import Repo
+    from dvc.stage.loader import StageLoader
     from dvc.utils import parse_target
-    from dvc.utils.strictyaml import YAMLSyntaxError, YAMLValidationError
 
     path, name = parse_target(address)
-    for attempt in range(READS):
-        try:
-            with Repo() as repo:
-                stage = repo.stage.load_one(path or "dvc.yaml", name)  # without the hundreds of other stages
-                break
-        except (YAMLSyntaxError, YAMLValidationError):  # another dvc is writing dvc.lock, which is not whole meanwhile
-            if attempt == READS - 1:
-                raise
-            time.sleep(READ_AGAIN_S)
+    with Repo() as repo:
+        pipeline = load_file(repo, path or "dvc.yaml")
+        # one stage of hundreds, and without dvc.lock: it takes seconds to read, and another dvc may be writing it
+        stage = StageLoader(pipeline, pipeline.contents)[name]
     folder = Path(stage.wdir)
     keys = [key for dep in stage.deps if hasattr(dep, "params") for key in dep.params]
     deps = [Path(dep.fs_path).relative_to(folder).as_posix() for dep in stage.deps if not hasattr(dep, "params")]
