@@ -110,7 +110,7 @@ class Pipeline:
     def __init__(self, folder: Path):
         param.load_path = parse_once(param.load_path)
         self.folder = folder
-        for name in ("dvc.yaml", "stages/dvc.yaml"):
+        for name in ("dvc.yaml", *(path.relative_to(ROOT) for path in (ROOT / "stages").rglob("dvc.yaml"))):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text((ROOT / name).read_text())
         self.values: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text())

@@ -13,7 +13,7 @@ import yaml
 from conftest import ROOT
 from dvc.repo import Repo
 
-from longtail import cli, manifest
+from longtail import cli, manifest, pipeline
 from longtail.finished import STAGES
 
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -59,26 +59,45 @@ def test_every_manifest_is_asked_for_and_there(stages):
 
 
 def test_every_cell_of_every_plan_has_its_four_stages_and_there_are_no_others(stages):
-    expected = {"quick"} | {
-        f"stages/dvc.yaml:{name}"
-        for name in (
-            "check",
-            "manifests",
-            "fisher",
-            *(f"download@{source}" for source in PARAMS["sources"]),
-            *(f"subsample@{dataset}" for dataset in PARAMS["datasets"]),
-            *(f"report@{plan}" for plan in PARAMS["plans"]),
-            *(f"compare-posthoc@{cell}" for cell in cli.cells(PARAMS["plans"]["posthoc"])),
-            "readings",
-            *(
-                name
-                for plan, block in PARAMS["plans"].items()
-                for cell in cli.cells(block)
-                for name in cli.stages(PARAMS, plan, cell)
-            ),
-        )
+    plans = PARAMS["plans"]
+    expected = {
+        "quick",
+        *(f"stages/dvc.yaml:{name}" for name in ("check", "manifests", "fisher")),
+        *(f"stages/dvc.yaml:download@{source}" for source in PARAMS["sources"]),
+        *(f"stages/dvc.yaml:subsample@{dataset}" for dataset in PARAMS["datasets"]),
+        *(f"stages/{plan}/dvc.yaml:report-{plan}" for plan in plans),
+        *(f"stages/posthoc/dvc.yaml:compare-posthoc@{cell}" for cell in cli.cells(plans["posthoc"])),
+        "stages/posthoc/dvc.yaml:readings-posthoc",
+        *(
+            address
+            for plan, block in plans.items()
+            for cell in cli.cells(block)
+            for address in cli.stages(PARAMS, plan, cell)
+        ),
     }
     assert set(stages) == expected
+
+
+@pytest.mark.parametrize("plan", PARAMS["plans"])
+def test_a_plans_file_is_what_the_template_gives(plan):
+    assert (ROOT / pipeline.file(plan)).read_text() == pipeline.text(plan, PARAMS), f"longtail plan {plan}"
+
+
+@pytest.mark.parametrize(
+    ("plan", "changes", "message"),
+    [
+        ("big", {}, "plan 'big' is not in params.yaml; there are quick"),
+        ("code", {"code": PARAMS["plans"]["quick"]}, "stages/code is the folder of the manifests"),
+        (
+            "two",
+            {"two": PARAMS["plans"]["methods"] | {"fuse": ["a", "b"]}},
+            r"plans\.two\.fuse = .*: one method at most",
+        ),
+    ],
+)
+def test_a_plan_that_cannot_have_a_file_is_refused(plan, changes, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline.text(plan, PARAMS | {"plans": PARAMS["plans"] | changes})
 
 
 def test_a_plain_repro_needs_nothing_of_another_plan():
@@ -167,7 +186,7 @@ class Clone:
         (self.root / "params.yaml").write_text(self.original)
 
     def lock(self) -> dict[str, dict]:
-        return yaml.safe_load((self.root / "stages" / "dvc.lock").read_text())["stages"]
+        return yaml.safe_load((self.root / "stages/quick/dvc.lock").read_text())["stages"]
 
     def outs(self, stage: str) -> dict[str, str]:
         return {out["path"]: out["md5"] for out in self.lock()[stage]["outs"]}
@@ -192,10 +211,10 @@ def test_the_first_run_makes_the_plan_in_order(clone):
         "download@digits",
         "subsample@digits_if20",
         *cells,
-        "report@quick",
+        "report-quick",
         "quick",
     }
-    assert clone.first[:2] == ["check", "manifests"] and clone.first[-2:] == ["report@quick", "quick"]
+    assert clone.first[:2] == ["check", "manifests"] and clone.first[-2:] == ["report-quick", "quick"]
     assert "Cross-entropy" in (clone.root / "results/quick/table.md").read_text()
 
 
@@ -215,7 +234,7 @@ def test_editing_lambda_trains_gala_alone_and_putting_it_back_trains_nothing(clo
 def test_bins_of_ece_train_nothing(clone):
     clone.edit("ece_bins: 15", "ece_bins: 12")
     assert set(clone.repro()) == {
-        "check", *(f"evaluate-quick@{cell}" for cell in (CE, GALA)), "report@quick", "quick",
+        "check", *(f"evaluate-quick@{cell}" for cell in (CE, GALA)), "report-quick", "quick",
     }  # fmt: skip
     clone.restore()
     clone.repro()
@@ -253,7 +272,7 @@ def test_the_documented_method_is_a_file_and_a_block_and_trains_its_cells_alone(
     clone.edit("\n  focal:\n", f"\n  prior_smoothing: {json.dumps(added)}\n  focal:\n")
     ran = clone.repro()
     new = [f"{step}-quick@{CE.replace('-ce-', '-prior_smoothing-')}" for step in STAGES]
-    assert ran == ["check", "manifests", *new, "report@quick", "quick"]
+    assert ran == ["check", "manifests", *new, "report-quick", "quick"]
     assert "prior_smoothing" in (clone.root / "results/quick/table.md").read_text()
     clone.edit('"share": 0.1', '"share": 2')
     output = subprocess.run(
@@ -269,11 +288,11 @@ def test_the_documented_method_is_a_file_and_a_block_and_trains_its_cells_alone(
 def test_a_forced_run_has_the_same_bytes_and_another_seed_has_others(clone):
     names = [f"{step}-quick@{GALA}" for step in STAGES]
     before = {name: clone.outs(name) for name in names}
-    addresses = [f"stages/dvc.yaml:{name}" for name in names]
+    addresses = [f"stages/quick/dvc.yaml:{name}" for name in names]
     assert clone.repro("-f", "-s", *addresses) == names
     assert {name: clone.outs(name) for name in names} == before
     clone.edit("methods: [ce, gala]\n    seeds: [0]", "methods: [ce, gala]\n    seeds: [0, 1]")
-    clone.repro(f"stages/dvc.yaml:train-quick@{GALA[:-1]}1")
+    clone.repro(f"stages/quick/dvc.yaml:train-quick@{GALA[:-1]}1")
     other = clone.outs(f"train-quick@{GALA[:-1]}1")
     assert set(other.values()).isdisjoint(before[names[0]].values())
     clone.restore()
@@ -289,7 +308,7 @@ def test_wrong_params_run_nothing(clone):
     output = result.stdout + result.stderr
     assert result.returncode != 0
     assert "evaluate.ece_bins = 0: input should be greater than or equal to 1" in output
-    assert "Running stage 'stages/dvc.yaml:evaluate" not in output
+    assert "Running stage 'stages/quick/dvc.yaml:evaluate" not in output
 
 
 def test_params_edited_during_a_training_are_not_recorded_as_its_own(clone):
@@ -298,7 +317,7 @@ def test_params_edited_during_a_training_are_not_recorded_as_its_own(clone):
     clone.edit("epochs: 3\n", "epochs: 30\n")
     before = clone.lock()[stage]
     process = subprocess.Popen(
-        [sys.executable, "-m", "dvc", "repro", "-s", f"stages/dvc.yaml:{stage}"], cwd=clone.root, text=True,
+        [sys.executable, "-m", "dvc", "repro", "-s", f"stages/quick/dvc.yaml:{stage}"], cwd=clone.root, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(clone.root / "src")},
     )  # fmt: skip
     assert process.stdout is not None
@@ -321,7 +340,7 @@ def test_a_broken_file_between_stages_is_named_and_leaves_nothing(clone):
     predictions.unlink()  # a link to DVC's cache, perhaps: never write through it
     predictions.write_bytes(whole[:1000])
     result = subprocess.run(
-        [sys.executable, "-m", "dvc", "repro", "-s", f"stages/dvc.yaml:align-quick@{GALA}"], cwd=clone.root,
+        [sys.executable, "-m", "dvc", "repro", "-s", f"stages/quick/dvc.yaml:align-quick@{GALA}"], cwd=clone.root,
         capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(clone.root / "src")},
     )  # fmt: skip
     assert result.returncode != 0
@@ -337,7 +356,9 @@ def test_cells_run_side_by_side_with_one_command(clone):
     assert "table: results/quick/table.md" in output
     for method in ("ce", "gala"):
         assert (clone.root / f"results/quick/cells/digits_if20/digits/{method}/2/metrics.json").exists()
-    status = json.loads(clone.run(sys.executable, "-m", "dvc", "status", "--json", "stages/dvc.yaml:report@quick"))
+    status = json.loads(
+        clone.run(sys.executable, "-m", "dvc", "status", "--json", "stages/quick/dvc.yaml:report-quick")
+    )
     assert status == {}
     clone.restore()
 
@@ -361,7 +382,7 @@ def test_data_that_are_there_are_left_alone_and_a_failure_is_told(monkeypatch, c
     monkeypatch.setattr(cli, "dvc", lambda *args, env=None: asked.append(args) or changed[args[0]])
     monkeypatch.setattr(cli, "run_cell", lambda names, env: True)
     assert cli.run("quick", "*", 1) == 0
-    assert [args[0] for args in asked] == ["status", "--wait-for-lock"] and "report@quick" in asked[1][-1]
+    assert [args[0] for args in asked] == ["status", "--wait-for-lock"] and "report-quick" in asked[1][-1]
     changed["status"] = 1
     assert cli.run("quick", "*-ce-*", 1) == 2
     said = "failed: the data; `dvc repro stages/dvc.yaml:manifests stages/dvc.yaml:subsample@digits_if20` says why"
@@ -371,7 +392,7 @@ def test_data_that_are_there_are_left_alone_and_a_failure_is_told(monkeypatch, c
 def test_a_plan_without_stages_is_named(monkeypatch):
     plans = {**PARAMS["plans"], "mine": PARAMS["plans"]["quick"]}
     monkeypatch.setattr(cli.schema, "load", lambda: PARAMS | {"plans": plans})
-    with pytest.raises(ValueError, match=r"plan 'mine' has no stages in stages/dvc.yaml"):
+    with pytest.raises(ValueError, match=r"plan 'mine' has no stages/mine/dvc\.yaml; `longtail plan mine` writes it"):
         cli.run("mine", "*", 1)
 
 

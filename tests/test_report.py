@@ -351,7 +351,7 @@ def test_markdown_row(cells, published):
     ) in text
     assert (
         "- [toy_if10-plain-ce-0](cells/toy_if10/plain/ce/0): 50.00 %, "
-        "`dvc repro stages/dvc.yaml:evaluate-toy@toy_if10-plain-ce-0`"
+        "`dvc repro stages/toy/dvc.yaml:evaluate-toy@toy_if10-plain-ce-0`"
     ) in text
 
 
@@ -582,7 +582,7 @@ def test_page_has_the_table_and_the_command_of_every_cell(cells, published, tmp_
     words = " ".join(" ".join(Page(found["report.html"].decode()).words).split())
     for seed in PLAN["seeds"]:
         for method in PLAN["methods"]:
-            assert f"dvc repro stages/dvc.yaml:evaluate-toy@toy_if10-plain-{method}-{seed}" in words
+            assert f"dvc repro stages/toy/dvc.yaml:evaluate-toy@toy_if10-plain-{method}-{seed}" in words
             for name in outcomes.CELL_FILES:
                 assert f'href="cells/toy_if10/plain/{method}/{seed}/{name}"' in found["report.html"].decode()
     for text in ("63.0 ± 4.2", "60.0 ± 0.5 (a)", "+3.0", "has the highest accuracy"):

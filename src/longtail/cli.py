@@ -11,10 +11,10 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
+from longtail import files, pipeline
 from longtail import params as schema
 from longtail.finished import MAKERS, STAGES
-
-PIPELINE = "stages/dvc.yaml"
+from longtail.pipeline import SHARED
 
 
 def cells(plan: dict[str, Any]) -> list[str]:
@@ -34,15 +34,15 @@ def repro(*args: str, env: dict[str, str] | None = None) -> int:
 
 
 def stages(params: dict[str, Any], plan: str, cell: str) -> list[str]:
-    """The names of a cell's stages in their order; which is the first depends on what its method is."""
+    """A cell's stages as DVC addresses them, in their order; which is the first depends on what its method is."""
     method = cell.split("-")[2]
     first = MAKERS[schema.kind(method, params["methods"][method])[0]]
-    return [f"{stage}-{plan}@{cell}" for stage in (first, *STAGES[1:])]
+    return [f"{pipeline.file(plan)}:{stage}-{plan}@{cell}" for stage in (first, *STAGES[1:])]
 
 
-def run_cell(names: list[str], env: dict[str, str]) -> bool:
+def run_cell(addresses: list[str], env: dict[str, str]) -> bool:
     """Run the stages of one cell, as one command: dvc reads the pipeline once; False when one of them failed."""
-    return repro("-q", "-s", *(f"{PIPELINE}:{name}" for name in names), env=env) == 0
+    return repro("-q", "-s", *addresses, env=env) == 0
 
 
 def run(plan: str, only: str, jobs: int) -> int:
@@ -55,13 +55,13 @@ def run(plan: str, only: str, jobs: int) -> int:
     plans = params["plans"]
     if plan not in plans:
         raise ValueError(f"plan {plan!r} is not in params.yaml; there are {', '.join(plans)}")
-    if f"\n  train-{plan}:" not in Path(PIPELINE).read_text():
-        raise ValueError(f"plan {plan!r} has no stages in {PIPELINE}; copy the four blocks of another plan there")
+    if not Path(pipeline.file(plan)).exists():
+        raise ValueError(f"plan {plan!r} has no {pipeline.file(plan)}; `longtail plan {plan}` writes it")
     chosen = [cell for cell in cells(plans[plan]) if fnmatch.fnmatchcase(cell, only)]
     if not chosen:
         raise ValueError(f"--only {only!r} matches none of {', '.join(cells(plans[plan]))}")
-    datasets = [f"{PIPELINE}:subsample@{name}" for name in sorted({cell.split("-")[0] for cell in chosen})]
-    first = [f"{PIPELINE}:manifests", *datasets]
+    datasets = [f"{SHARED}:subsample@{name}" for name in sorted({cell.split("-")[0] for cell in chosen})]
+    first = [f"{SHARED}:manifests", *datasets]
     # where they are there, they are left alone: another `longtail run` may be training on them, and then DVC refuses
     if dvc("status", "-q", *first) and repro("-q", *first):
         print(f"failed: the data; `dvc repro {' '.join(first)}` says why", file=sys.stderr)
@@ -82,17 +82,17 @@ def run(plan: str, only: str, jobs: int) -> int:
             free.put(device)
 
     steps = {cell: stages(params, plan, cell) for cell in chosen}
-    trained = [cell for cell in chosen if steps[cell][0].startswith("train")]
+    trained = [cell for cell in chosen if ":train-" in steps[cell][0]]
     failed = []
     with ThreadPoolExecutor(jobs) as pool:
         for wave in (trained, [cell for cell in chosen if cell not in trained]):
             failed += [cell for cell, ok in zip(wave, list(pool.map(with_device, wave)), strict=True) if not ok]
     if len(failed) < len(chosen):
-        repro("-q", "-s", f"{PIPELINE}:report@{plan}")  # -s: cells that were not chosen stay as they are
+        repro("-q", "-s", f"{pipeline.file(plan)}:report-{plan}")  # -s: cells that were not chosen stay as they are
         print(f"table: results/{plan}/table.md\npage:  results/{plan}/report.html")
     for cell in failed:
-        said = f"the stage's message is above; `dvc repro {PIPELINE}:evaluate-{plan}@{cell}` shows DVC's own as well"
-        print(f"failed: {cell} ({said})", file=sys.stderr)
+        again = f"dvc repro {steps[cell][-1]}"
+        print(f"failed: {cell} (the stage's message is above; `{again}` shows DVC's own as well)", file=sys.stderr)
     return len(failed)
 
 
@@ -104,6 +104,8 @@ def arguments() -> argparse.ArgumentParser:
     one.add_argument("plan", help="a name under `plans` in params.yaml")
     one.add_argument("--jobs", type=int, default=1, help="cells at a time (default 1, with all cores)")
     one.add_argument("--only", default="*", help="pattern of <dataset>-<recipe>-<method>-<seed>, e.g. '*-gala-0'")
+    one = commands.add_parser("plan", help="write a plan's pipeline file, stages/<plan>/dvc.yaml")
+    one.add_argument("plan", nargs="*", help="plans (default: all in params.yaml)")
     one = commands.add_parser("track", help="mirror the result files into MLflow; twice does nothing more")
     one.add_argument("plan", nargs="*", help="plans (default: all that have run)")
     one = commands.add_parser("verify", help="are the committed results those of the committed code? trains nothing")
@@ -137,8 +139,8 @@ def main() -> None:
         return
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if not Path(PIPELINE).exists():
-        sys.exit(f"error: no {PIPELINE} here; run longtail in the root of the repository")
+    if not Path(SHARED).exists():
+        sys.exit(f"error: no {SHARED} here; run longtail in the root of the repository")
     try:
         if args.command == "run":
             if args.jobs < 1:
@@ -147,6 +149,12 @@ def main() -> None:
         if args.command == "check":
             schema.load()
             print("params.yaml fits its schema")
+        if args.command == "plan":
+            params = schema.load()
+            texts = {plan: pipeline.text(plan, params) for plan in args.plan or params["plans"]}
+            for plan, text in texts.items():
+                files.write_text(pipeline.file(plan), text)
+                print(pipeline.file(plan))
         if args.command == "verify":
             from longtail import verify  # two seconds, for the pictures
 

@@ -11,11 +11,10 @@ from typing import Any
 
 import yaml
 
-from longtail import files
+from longtail import files, pipeline
 from longtail.live import digest, fingerprint, plain
 from longtail.outcomes import CELL_FILES
 
-LOCK = "stages/dvc.lock"
 MAKERS = {"loss": "train", "refit": "refit", "fuse": "fuse"}  # of a cell's network: the stage for each kind of method
 STAGES = ("train", "predict", "align", "evaluate")
 STAGE_NAME = re.compile(
@@ -76,9 +75,15 @@ class Cell:
         """The run's name, what differs most in front: lists cut names after some 15 letters."""
         return f"{self.method} · seed {self.seed} · {self.dataset} · {self.recipe}"
 
-    def stage(self, kind: str) -> str:
-        """The name of one of its stages in stages/dvc.yaml."""
-        return f"{kind}-{self.plan}@{self.dataset}-{self.recipe}-{self.method}-{self.seed}"
+    @property
+    def lock(self) -> str:
+        """The lock file that has its stages, relative to the repository."""
+        return pipeline.lock(pipeline.file(self.plan))
+
+    def address(self, kind: str) -> str:
+        """One of its stages, as DVC addresses it."""
+        cell = f"{self.dataset}-{self.recipe}-{self.method}-{self.seed}"
+        return f"{pipeline.file(self.plan)}:{kind}-{self.plan}@{cell}"
 
     def names(self) -> dict[str, str]:
         """Coordinates by name."""
@@ -118,18 +123,25 @@ class Result:
                 yield f"curve/{name}", value, self.started_ms + passed, epoch
 
 
-def read_lock(root: Path) -> dict[str, dict[str, Any]]:
-    """The stages of stages/dvc.lock by name.
+def read_locks(root: Path) -> dict[str, dict[str, Any]]:
+    """The stages of stages/dvc.lock and of every plan's lock file by name, which says the plan.
 
-    Raises TrackingError when there is none or when it is no lock of DVC's schema 2.0.
+    Raises TrackingError when there is none or when one is no lock of DVC's schema 2.0.
     """
-    path = root / LOCK
+    paths = [path for path in (root / pipeline.lock(pipeline.SHARED), *pipeline.locks(root)) if path.exists()]
+    if not paths:
+        raise TrackingError(f"{root / 'stages'}: no dvc.lock in it; run `dvc repro` before `longtail track`")
+    stages: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        stages |= _read_lock(path)
+    return stages
+
+
+def _read_lock(path: Path) -> dict[str, dict[str, Any]]:
     try:
         lock = yaml.load(path.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except FileNotFoundError:
-        raise TrackingError(f"{path}: no such file; run `dvc repro` before `longtail track`") from None
     except yaml.YAMLError as error:
-        raise TrackingError(f"{path}: not YAML ({one_line(error)}); `git checkout {LOCK}`?") from error
+        raise TrackingError(f"{path}: not YAML ({one_line(error)}); `git checkout {path}`?") from error
     stages = lock.get("stages") if isinstance(lock, dict) else None
     if not isinstance(stages, dict) or str(lock.get("schema")) != "2.0":
         raise TrackingError(f"{path}: not a lock of DVC's schema 2.0 (schema: '2.0', stages: {{name: ...}})")
@@ -154,7 +166,7 @@ def results(root: Path, plans: Sequence[str] | None) -> tuple[list[Result], list
     Raises TrackingError for an unusable lock, a plan that has no stage in it, and a result file that is what
     the lock says but not what this program reads.
     """
-    stages = read_lock(root)
+    stages = read_locks(root)
     cells: dict[Cell, dict[str, dict[str, Any]]] = {}
     for name, entry in stages.items():
         if match := STAGE_NAME.fullmatch(name):
@@ -163,12 +175,12 @@ def results(root: Path, plans: Sequence[str] | None) -> tuple[list[Result], list
     known = sorted({cell.plan for cell in cells})
     for plan in plans or ():
         if plan not in known:
-            raise TrackingError(f"{root / LOCK}: nothing of plan {plan!r}; it has {', '.join(known) or 'none'}")
+            raise TrackingError(f"{root / 'stages'}: nothing of plan {plan!r}; there are {', '.join(known) or 'none'}")
     found, notes = [], []
     for cell, entries in cells.items():
         if plans is not None and cell.plan not in plans:
             continue
-        trouble = _unfinished(entries) or _changed(root, cell, entries)
+        trouble = _unfinished(cell, entries) or _changed(root, cell, entries)
         if trouble:
             notes.append(f"{cell.plan}: {cell.title}: {trouble}")
         else:
@@ -176,11 +188,11 @@ def results(root: Path, plans: Sequence[str] | None) -> tuple[list[Result], list
     return found, notes
 
 
-def _unfinished(entries: Mapping[str, Mapping[str, Any]]) -> str:
+def _unfinished(cell: Cell, entries: Mapping[str, Mapping[str, Any]]) -> str:
     """Why the cell's stages are not one chain: one is missing, or read what another has replaced since."""
     missing = [kind for kind in STAGES if kind not in entries]
     if missing:
-        return f"not finished, no {', '.join(missing)} in {LOCK}"
+        return f"not finished, no {', '.join(missing)} in {cell.lock}"
     made = {path: md5 for entry in entries.values() for path, md5 in _files(entry, "outs")}
     for kind, entry in entries.items():
         for path, md5 in _files(entry, "deps"):
@@ -195,13 +207,13 @@ def _changed(root: Path, cell: Cell, entries: Mapping[str, Mapping[str, Any]]) -
     for name in CELL_FILES:
         path = f"{cell.folder}/{name}"
         if path not in made:
-            return f"no stage of it in {LOCK} has the out {path}"
+            return f"no stage of it in {cell.lock} has the out {path}"
         try:
             md5 = hashlib.md5((root / path).read_bytes(), usedforsecurity=False).hexdigest()
         except OSError:
             return f"{path} is missing; `git checkout {path}`, or run `dvc repro`"
         if md5 != made[path]:
-            return f"{path} is not the one in {LOCK} (MD5 {md5}, there {made[path]}); run `dvc repro`"
+            return f"{path} is not the one in {cell.lock} (MD5 {md5}, there {made[path]}); run `dvc repro`"
     return ""
 
 

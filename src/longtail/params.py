@@ -29,6 +29,7 @@ class Plan(Block):
     trained: list[Name] | None = None  # DVC cannot choose from a list: where not all methods are trained, by kind
     refit: list[Name] = []
     fuse: list[Name] = []
+    readings: bool = False  # compare all readings of energy aligning, too
     seeds: list[Seed] = Field(min_length=1)
 
     @model_validator(mode="after")

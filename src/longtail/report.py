@@ -86,8 +86,8 @@ SAME_SUBSET = (
 CELLS_READING = (
     "Accuracy of the raw logits of each at its last epoch, its files (measures, history, accuracy by class, "
     "reliability, which images are right), and the command that makes it again. Params are in params.yaml, and as they "
-    "were for each stage of a cell in stages/dvc.lock; `git log -1 <folder>` says the commit. `longtail track` gives "
-    "each cell a run in MLflow with all of these; there, search params.method = '...' AND params.recipe = '...'."
+    "were for each stage of a cell in stages/<plan>/dvc.lock; `git log -1 <folder>` says the commit. `longtail track` "
+    "gives each cell a run in MLflow with all of these; there, search params.method = '...' AND params.recipe = '...'."
 )
 
 
@@ -292,7 +292,7 @@ def cell_accuracy(results: Results, key: Key) -> str:
 
 def command(plan_name: str, key: Key) -> str:
     """The command that makes the numbers of one cell again."""
-    return f"dvc repro stages/dvc.yaml:evaluate-{plan_name}@{cell_name(key)}"
+    return f"dvc repro stages/{plan_name}/dvc.yaml:evaluate-{plan_name}@{cell_name(key)}"
 
 
 def sections(results: Results, published: Sequence[Row]) -> list[Row]:

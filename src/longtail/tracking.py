@@ -1,7 +1,7 @@
 """MLflow as a view: `longtail track` makes one run of each finished cell, out of result files and DVC's lock.
 
-Nothing here decides a number. What a run shows is read from `stages/dvc.lock` and from those files below
-`results/` that the lock vouches for, so a lost store, or a clone that trained nothing, gets the same runs.
+Nothing here decides a number. What a run shows is read from a plan's `stages/<plan>/dvc.lock` and from those files
+below `results/` that the lock vouches for, so a lost store, or a clone that trained nothing, gets the same runs.
 Running it twice writes nothing the second time. Two digests find a run that is there already (tags):
 
     longtail.training   identity of a training: command, dependencies, parameters of its train stage
@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longtail.finished import ALIGNED, LOCK, Cell, Result, TrackingError, flatten, one_line, results
+from longtail.finished import ALIGNED, Cell, Result, TrackingError, flatten, one_line, results
 from longtail.live import flock, log_path, versions
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def _identity(cell: Cell, training: str, parent: str) -> dict[str, str]:
         "longtail.training": training,
         **{f"longtail.{name}": value for name, value in cell.names().items()},
         "mlflow.parentRunId": parent,
-        "mlflow.source.name": f"stages/dvc.yaml:{cell.stage('train')}",
+        "mlflow.source.name": cell.address("train"),
         "mlflow.source.type": "PROJECT",
         **_user(),
     }
@@ -174,7 +174,7 @@ def sync(root: str | Path, plans: Sequence[str] | None = None) -> Summary:
     if found:
         with open_store(root) as store:
             page = f"/#/experiments/{store.experiment}/runs?workflowType=machine_learning"
-            about = _about(root)
+            about = {lock: _about(root, lock) for lock in {result.cell.lock for result in found}}
             runs = store.runs()
             parents = {plan: _plan_run(store, runs, plan) for plan in {result.cell.plan for result in found}}
             by_cell: dict[Cell, list[Run]] = {}
@@ -183,7 +183,9 @@ def sync(root: str | Path, plans: Sequence[str] | None = None) -> Summary:
                     by_cell.setdefault(cell, []).append(run)
             for result in found:
                 same = by_cell.get(result.cell, [])
-                outcome, current = _upsert(store, root, result, same, parents[result.cell.plan], about)
+                outcome, current = _upsert(
+                    store, root, result, same, parents[result.cell.plan], about[result.cell.lock]
+                )
                 if current is None:
                     notes.append(f"{result.cell.plan}: {result.cell.title}: still written to; track again")
                     continue
@@ -301,22 +303,22 @@ def _note(result: Result) -> str:
         for _, name in ALIGNED
         if f"{name}/accuracy" in result.metrics
     ]
-    address = f"stages/dvc.yaml:{result.cell.stage('evaluate')}"
+    address = result.cell.address("evaluate")
     return (
         f"Test accuracy at epoch {result.last_epoch}: {', '.join(lines)}.\n\n"
         f"Files: `{result.cell.folder}/`. Again: `dvc --wait-for-lock repro {address}`."
     )
 
 
-def _about(root: Path) -> dict[str, str]:
+def _about(root: Path, lock: str) -> dict[str, str]:
     """Where the results were found: commit, lock, and what wrote the run."""
     tags = {
-        "longtail.lock.sha256": hashlib.sha256((root / LOCK).read_bytes()).hexdigest(),
+        "longtail.lock.sha256": hashlib.sha256((root / lock).read_bytes()).hexdigest(),
         "longtail.tracked_with": ", ".join(map(" ".join, versions().items())),
     }
     if commit := _git(root, "rev-parse", "HEAD"):
         tags["mlflow.source.git.commit"] = commit
-        tags["mlflow.source.git.dirty"] = str(_git(root, "status", "--porcelain", "--", LOCK) != "")
+        tags["mlflow.source.git.dirty"] = str(_git(root, "status", "--porcelain", "--", lock) != "")
     return tags
 
 

@@ -1,7 +1,7 @@
 """Is what is committed what the committed code and params give? Nothing is trained, and no data is needed.
 
 Two questions for each plan: do the stages of its finished cells still have the code, params and small files that
-stages/dvc.lock was written for (DVC answers), and do the committed tables and pages come out again from the committed
+its lock was written for (DVC answers), and do the committed tables and pages come out again from the committed
 cells (the report's own code answers)? What a fresh clone lacks, since git does not keep it, is no difference.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from longtail import manifest, readings, report
-from longtail.finished import MAKERS, STAGES, read_lock
+from longtail.finished import MAKERS, STAGES, read_locks
 
 REPORT = ("table.md", "report.html", "summary.json", "curves.csv", "classes.csv")
 READINGS = ("readings.md", "readings.csv")
@@ -49,7 +49,7 @@ def with_results(root: str | Path, plans: Iterable[str]) -> list[str]:
 
 def targets(root: Path, plans: Mapping[str, Any]) -> list[str]:
     """The stages of the lock that belong to the plans: of their finished cells, their reports, what compares them."""
-    lock = read_lock(root)
+    lock = read_locks(root)
     names: list[str] = []
     for plan, axes in plans.items():
         for dataset in axes["datasets"]:
@@ -59,7 +59,7 @@ def targets(root: Path, plans: Mapping[str, Any]) -> list[str]:
                         cell = f"{plan}@{dataset}-{recipe}-{method}-{seed}"
                         if f"evaluate-{cell}" in lock:
                             names += [f"{stage}-{cell}" for stage in (*MAKERS.values(), *STAGES[1:], "compare")]
-        names += [f"report@{plan}", f"readings-{plan}" if f"readings-{plan}" in lock else "readings"]
+        names += [f"report-{plan}", f"readings-{plan}"]
     return [name for name in dict.fromkeys(names) if name in lock]
 
 
@@ -75,7 +75,7 @@ def edited(root: Path, params: Mapping[str, Any], names: Sequence[str]) -> list[
             for file in sorted(was.keys() | is_now.keys())
             if was.get(file) != is_now.get(file)
         ]
-    lock = read_lock(root)
+    lock = read_locks(root)
     return [
         f"{name}: changed deps {file}"
         for name in names
