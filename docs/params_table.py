@@ -77,7 +77,7 @@ def leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def other(key: str, value: Any, values: dict[str, Any]) -> Any:
     """Another value than `value`: DVC does not ask whether it is allowed, but a plan's names must exist."""
-    if key.startswith("plans."):
+    if key.startswith("plans.") and isinstance(value, list):
         axis = key.split(".")[-1]
         names = values.get("methods" if axis in ("trained", "refit", "fuse") else axis, [])
         more = [name for name in names if name not in value] if names else [max(value) + 1]

@@ -363,6 +363,20 @@ def test_cells_run_side_by_side_with_one_command(clone):
     clone.restore()
 
 
+def test_a_plan_of_ones_own_is_a_block_and_a_command(clone):
+    axes = {"datasets": ["digits_if20"], "recipes": ["digits"], "methods": ["ce"], "seeds": [5]}
+    clone.edit("\n  smoke:  ", f"\n  mine: {json.dumps(axes)}\n  smoke:  ")
+    clone.run(sys.executable, "-m", "longtail.cli", "plan", "mine")
+    locks = {path: path.read_bytes() for path in clone.root.glob("stages/*/dvc.lock")}
+    clone.run(sys.executable, "-m", "longtail.cli", "run", "mine")
+    assert "Cross-entropy" in (clone.root / "results/mine/table.md").read_text()
+    assert {path: path.read_bytes() for path in locks} == locks  # of the other plans
+    assert "nothing of plan" not in clone.run(sys.executable, "-m", "longtail.cli", "track", "mine")
+    shutil.rmtree(clone.root / "stages/mine")
+    clone.restore()
+    clone.repro()
+
+
 def test_jobs_share_the_devices(monkeypatch):
     """Two GPUs, three jobs: a device is used by those jobs that were given it, and none is made up."""
     used = []
