@@ -3,8 +3,8 @@
 python -m benchmarks.time_to_accuracy                 # seconds; writes benchmarks/results/time_to_accuracy.{csv,md,png}
 python -m benchmarks.time_to_accuracy --plan quick --dataset digits_if20 --results FOLDER
 
-Nothing is trained here: accuracies are those of results/, as the lock of the plan vouches for them, and times those that the
-training itself left in runs/, so it sees cells that were trained in this checkout. Rows of the csv that were
+Nothing is trained here: accuracies are those of results/, as the lock of the plan vouches for them, and times those
+that the training itself left in runs/, so it sees cells that were trained in this checkout. Rows of the csv that were
 measured elsewhere stay.
 """
 
