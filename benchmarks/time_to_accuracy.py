@@ -55,7 +55,7 @@ def collect(root: Path, plan: str) -> list[Row]:
             **{key: result.cell.names()[key] for key in KEY},
             "training": result.training,
             "epochs": result.last_epoch,
-            "accuracy": result.metrics["accuracy"],
+            "accuracy": result.metrics["accuracy/all"],
             "seconds": result.seconds,
             "images_per_s": result.metrics.get("images per s", ""),
             "memory_mib": result.metrics.get("memory MiB", ""),

@@ -6,6 +6,10 @@ from hypothesis import settings
 
 ROOT = Path(__file__).parents[1]
 
+# Workers beside each other share the cores: threads that wait for each other cost more than they bring. Before torch.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
 # The same examples each time: a suite that fails one time in a hundred says nothing about the change at hand.
 # To look for new ones: HYPOTHESIS_PROFILE=default pytest.
 settings.register_profile("same", derandomize=True, deadline=None)

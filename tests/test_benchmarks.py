@@ -3,11 +3,13 @@
 import csv
 import importlib
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from test_tracking import add_cell
 
-from longtail import files
+from longtail import batches, files, sources
 
 
 def run(monkeypatch, name: str, *flags: str) -> None:
@@ -93,3 +95,89 @@ def test_posthoc(tmp_path, monkeypatch):
     run(monkeypatch, "posthoc", "--quick", "--results", str(tmp_path))
     rows = [line for line in (tmp_path / "posthoc.md").read_text().splitlines() if line.startswith("| ")]
     assert len(rows) == 2 + 6 and "EnergyAligning(reading='own_samples')" in rows[3]
+
+
+@pytest.fixture
+def spread(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    return importlib.import_module("benchmarks.spread")
+
+
+def test_spread_trains_what_is_missing(tmp_path, monkeypatch, spread):
+    monkeypatch.setattr(spread, "ROOT", tmp_path)
+    flags = ["--results", str(tmp_path), "--seeds", "3"]
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    with pytest.raises(SystemExit):
+        spread.main(flags)  # no raw images yet
+    files.save_arrays(tmp_path / "data/raw/digits.npz", **sources.load("digits")("", test_per_class=50, seed=0))
+    trained = []
+
+    def accuracy(row, epochs):
+        trained.append(tuple(int(row[key]) for key in ("seed", "subset", "mixing")))
+        return 0.5 + 0.01 * len(trained)
+
+    monkeypatch.setattr(spread, "accuracy", accuracy)
+    spread.main([*flags, "--mixup", "0"])
+    assert trained == [(0, 0, 0), (1, 1, 1), (1, 0, 1), (2, 2, 2), (2, 0, 2)]
+    spread.main([*flags, "--seeds", "2", "--mixup", "0"])
+    assert len(trained) == 5
+    spread.main(flags)
+    assert trained[5:] == [(0, 0, 0), *((s, *way) for s in (1, 2) for way in ((s, s), (0, s), (0, 0)))]
+    lines = (tmp_path / "spread.md").read_text().splitlines()
+    without = next(line for line in lines if line.startswith("| the subset | 3 |"))  # 51, 53 and 55 %
+    assert without.split(" | ")[2:4] == ["53.00", "2.00 (1.04 to 12.57)"]
+    for wrong in (["--seeds", "1"], ["--recipe", "none"], ["--dataset", "cifar100_if100"]):
+        with pytest.raises(SystemExit):
+            spread.main([*flags, *wrong])
+
+
+@pytest.mark.slow
+def test_spread_trains_networks_that_learn(tmp_path, monkeypatch, spread):
+    monkeypatch.setattr(spread, "ROOT", tmp_path)
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    files.save_arrays(tmp_path / "data/raw/digits.npz", **sources.load("digits")("", test_per_class=50, seed=0))
+    row = dict.fromkeys(spread.COLUMNS[:-1], "1")
+    row |= {"dataset": "digits_if20", "recipe": "digits", "method": "balanced_softmax", "mixup_alpha": "0.4"}
+    found = spread.accuracy(row, epochs=12)
+    assert found > 0.6
+    assert spread.accuracy(row, epochs=12) == found
+    assert spread.accuracy({**row, "subset": "0"}, epochs=12) != found
+    assert spread.accuracy({**row, "mixing": "0"}, epochs=12) != found
+
+
+def test_spread_replaces_the_weights_of_mixup_and_nothing_else(spread):
+    images = torch.arange(64 * 3 * 4 * 4).reshape(64, 3, 4, 4).to(torch.uint8)
+    split = batches.Split(images, torch.arange(64) % 5, 5)
+
+    def drawn(seed: int) -> list[batches.Batch]:
+        augmentation = {"crop_padding": 0, "flip": False, "policy": "none", "color_jitter": [0] * 4, "rotation": 0}
+        return list(batches.epoch(
+            split, batch_size=16, drop_last=False, augmentation={**augmentation, "cutout": 0}, mean=[0.5] * 3,
+            std=[0.5] * 3, seed=seed, epoch=1, mixup_alpha=0.4,
+        ))  # fmt: skip
+
+    other, own = drawn(0), drawn(5)
+    with spread.mixup_weights_of(0):
+        mixed = drawn(5)
+    assert [batch.weight for batch in mixed] == [batch.weight for batch in other] != [batch.weight for batch in own]
+    for one, two in zip(mixed, own, strict=True):
+        assert torch.equal(one[1], two[1]) and torch.equal(one[2], two[2])
+    with spread.mixup_weights_of(5):
+        assert all(torch.equal(one[0], two[0]) for one, two in zip(drawn(5), own, strict=True))
+    assert torch.equal(drawn(5)[0][0], own[0][0])  # and it is over afterwards
+
+
+def test_intervals_of_spreads(spread):
+    """A table's quantiles of chi-squared and F; and simulated spreads of a known one, of which 95 % are to be held."""
+    ten = [0.0, 2.0] * 5  # s^2 = 10 / 9
+    assert spread.deviation_interval(ten) == pytest.approx(((10 / 19.0228) ** 0.5, (10 / 2.7004) ** 0.5), rel=1e-4)
+    ratio, low, high = spread.deviation_ratio([3 * x for x in ten], ten)
+    assert (ratio, low, high) == pytest.approx((3, 3 / 4.02599**0.5, 3 * 4.02599**0.5), rel=1e-4)
+    rng = np.random.default_rng(0)
+    held = np.zeros(2)
+    for _ in range(400):
+        one, two = rng.normal(scale=2, size=6).tolist(), rng.normal(size=9).tolist()
+        low, high = spread.deviation_interval(one)
+        _, ratio_low, ratio_high = spread.deviation_ratio(one, two)
+        held += (low < 2 < high, ratio_low < 2 < ratio_high)
+    assert np.all(np.abs(held / 400 - 0.95) < 0.03)

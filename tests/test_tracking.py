@@ -210,9 +210,9 @@ def test_a_run_shows_its_cell(root: Path) -> None:
     (run,) = runs(root, method="gala")
     metrics, params, tags = run.data.metrics, run.data.params, run.data.tags
     assert run.info.status == "FINISHED"
-    assert metrics["accuracy"] == 0.75
-    assert metrics["accuracy few"] == 0.25
-    assert "accuracy medium" not in metrics  # no class is medium
+    assert metrics["accuracy/all"] == 0.75
+    assert metrics["accuracy/few"] == 0.25
+    assert "accuracy/medium" not in metrics  # no class is medium
     assert metrics["aligned held-out/accuracy"] == 0.77
     assert metrics["worst class"] == 0.5 and metrics["balanced error"] == 0.25
     assert "aligned held-out/balanced error" not in metrics
@@ -260,12 +260,12 @@ def test_other_results_make_a_new_run_and_age_the_old(root: Path) -> None:
     add_cell(root, "gala", accuracy=0.8)
     summary = sync(root)
     assert (summary.created, summary.unchanged, summary.superseded) == (1, 1, 1)
-    assert [run.data.metrics["accuracy"] for run in runs(root, method="gala", current="yes")] == [0.8]
-    assert [run.data.metrics["accuracy"] for run in runs(root, method="gala", current="no")] == [0.75]
+    assert [run.data.metrics["accuracy/all"] for run in runs(root, method="gala", current="yes")] == [0.8]
+    assert [run.data.metrics["accuracy/all"] for run in runs(root, method="gala", current="no")] == [0.75]
     add_cell(root, "gala", accuracy=0.75)  # back again: the old run is the current one, nothing is made
     summary = sync(root)
     assert (summary.created, summary.unchanged, summary.superseded) == (0, 2, 1)
-    assert [run.data.metrics["accuracy"] for run in runs(root, method="gala", current="yes")] == [0.75]
+    assert [run.data.metrics["accuracy/all"] for run in runs(root, method="gala", current="yes")] == [0.75]
     assert sync(root).superseded == 0
 
 
@@ -278,7 +278,7 @@ def test_an_interrupted_sync_is_completed(root: Path, monkeypatch: pytest.Monkey
     assert (summary.created, summary.finished) == (1, 1)
     for run in runs(root, current="yes", state="finished"):
         assert steps(root, run, "curve/loss") == [1, 2, 3, 4]
-        assert steps(root, run, "accuracy") == [0]
+        assert steps(root, run, "accuracy/all") == [0]
     assert len(runs(root)) == 2
 
 
@@ -476,7 +476,7 @@ def test_sync_finishes_the_live_run(root: Path, monkeypatch: pytest.MonkeyPatch)
     (same,) = runs(root, method="gala")
     assert same.info.run_id == run.info.run_id
     assert same.info.status == "FINISHED"
-    assert same.data.metrics["accuracy"] == 0.75
+    assert same.data.metrics["accuracy/all"] == 0.75
     for name in ("curve/loss", "curve/lr", "curve/held_out_accuracy"):
         assert steps(root, same, name) == [1, 2, 3, 4]
     before = tables(root)

@@ -179,7 +179,7 @@ def by_class(
                       markersize=4.5, markerfacecolor=fill, label=label)  # fmt: skip
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.set(title=names[method], xlabel="training images of the class", ylabel="test accuracy (%)",
+        axis.set(title=f"{names[method]}, {recipe}", xlabel="training images of the class", ylabel="test accuracy (%)",
                  ylim=(max(10 * math.floor(10 * lowest), 0) - 3, 103))  # fmt: skip
         axis.legend(loc="upper left" if crowd else "lower right")  # many classes: the smallest are low
         few, many = ends(rows, "raw"), ends(rows, "aligned")
@@ -229,14 +229,14 @@ def curves(
             axis.fill_between(epochs, [min(values[e]) for e in epochs], [max(values[e]) for e in epochs],
                               color=colours[method], alpha=0.18, linewidth=0)  # fmt: skip
             ends.append(f"{names[method]} {middle[-1]:.{1 if percent else 2}f}{' %' if percent else ''}")
-        axis.set(title=title, xlabel="epoch", ylabel="accuracy (%)" if percent else "loss (nats)")
+        axis.set(title=f"{title}, recipe {recipe}", xlabel="epoch", ylabel="accuracy (%)" if percent else "loss (nats)")
         axis.locator_params(axis="x", integer=True)
         axis.legend(loc="lower right" if percent else "upper right")
         caption = "Mean over seeds, band from the lowest to the highest" + (
             "." if percent else "; each method has its own loss, so levels do not compare."
         )
         alt = f"{title} by epoch, recipe {recipe}; at the last epoch {', '.join(ends)}."
-        return picture(axis, alt, f"{caption} Recipe {recipe}.")
+        return picture(axis, alt, caption)
 
 
 def gradients(rows: Sequence[Row], *, recipe: str, name: str) -> Figure:
@@ -269,14 +269,14 @@ def gradients(rows: Sequence[Row], *, recipe: str, name: str) -> Figure:
         axis.set_yticks([tick for tick in ticks if low <= tick <= high])
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.minorticks_off()
-        axis.set(title=name, xlabel="epoch", ylabel="positive / negative gradient")
+        axis.set(title=f"{name}, {recipe}", xlabel="epoch", ylabel="positive / negative gradient")
         axis.locator_params(axis="x", integer=True)
         axis.legend(loc="best")
         alt = (
             f"Gradient ratio by epoch, {name}, recipe {recipe}: at the last epoch {ends[0]:.2g} for the classes with "
             f"fewest images and {ends[-1]:.2g} for those with most."
         )
-        return picture(axis, alt, f"Lines: classes with few (dark) to many images (bright). Recipe {recipe}.")
+        return picture(axis, alt, "Lines: classes with few (dark) to many images (bright).")
 
 
 def under_shift(rows: Sequence[Row], *, recipe: str, names: Mapping[str, str], colours: Mapping[str, str]) -> Figure:
@@ -300,10 +300,14 @@ def under_shift(rows: Sequence[Row], *, recipe: str, names: Mapping[str, str], c
                 first, last = mine[distributions[0]], mine[distributions[-1]]
                 said.append(f"{names[method]}{known} {first:.1f} to {last:.1f} %")
         axis.set_xticks(range(len(distributions)), [_short(name) for name in distributions])
-        axis.set(title="Other test distributions", xlabel="forward · uniform · backward", ylabel="test accuracy (%)")
+        axis.set(
+            title=f"Other test distributions, recipe {recipe}",
+            xlabel="forward · uniform · backward",
+            ylabel="test accuracy (%)",
+        )
         axis.legend(loc="lower left")
         alt = f"Test accuracy, recipe {recipe}, from {distributions[0]} to {distributions[-1]}: {'; '.join(said)}."
-        return picture(axis, alt, f"Broken lines: test prior known. Recipe {recipe}.")
+        return picture(axis, alt, "Broken lines: test prior known.")
 
 
 def aligned_energies(
@@ -325,11 +329,15 @@ def aligned_energies(
             said.append(f"{names[method]} {spans[0]:.1f} to {spans[1]:.1f}")
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.set(title="Free energy", xlabel="training images of the class", ylabel="free energy − mean (nats)")
-        axis.legend(loc="upper right")
+        axis.set(
+            title=f"Free energy, recipe {recipe}",
+            xlabel="training images of the class",
+            ylabel="free energy − mean (nats)",
+        )
+        axis.legend(loc="best")
         on = rows[0]["aligned_on"].replace("_", "-")
         alt = f"Free energy of each class, recipe {recipe}; span before and after aligning, in nats: {', '.join(said)}."
-        return picture(axis, alt, f"Broken lines: after aligning, on {on} images. Recipe {recipe}.")
+        return picture(axis, alt, f"Broken lines: after aligning, on {on} images.")
 
 
 def reliability(rows: Sequence[Row], *, recipe: str, names: Mapping[str, str], colours: Mapping[str, str]) -> Figure:
@@ -347,11 +355,16 @@ def reliability(rows: Sequence[Row], *, recipe: str, names: Mapping[str, str], c
                          linewidths=0)  # fmt: skip
             over = sum(row["images"] * (row["confidence"] - row["accuracy"]) for row in mine) / total
             said.append(f"{names[method]} {100 * over:+.1f} points")
-        axis.set(title="Reliability", xlabel="confidence (%)", ylabel="test accuracy (%)", xlim=(0, 102), ylim=(0, 102))
+        axis.set(
+            title=f"Reliability, recipe {recipe}",
+            xlabel="confidence (%)",
+            ylabel="test accuracy (%)",
+            xlim=(0, 102),
+            ylim=(0, 102),
+        )
         axis.legend(loc="upper left")
         alt = f"Accuracy against confidence, recipe {recipe}; mean confidence minus accuracy: {', '.join(said)}."
-        return picture(axis, alt, f"Raw logits; area of a dot: share of the images. Below the diagonal: too confident. "
-                                  f"Recipe {recipe}.")  # fmt: skip
+        return picture(axis, alt, "Raw logits; area of a dot: share of the images. Below the diagonal: too confident.")
 
 
 COSTS = {  # title, axis, unit
@@ -360,22 +373,27 @@ COSTS = {  # title, axis, unit
 }
 
 
-def cost(rows: Sequence[Row], what: str, *, names: Mapping[str, str], colours: Mapping[str, str]) -> Figure:
-    """Test accuracy against one of COSTS, a mark a cell: colour is the method, shape the recipe."""
+def cost(
+    rows: Sequence[Row], what: str, *, recipes: Sequence[str], names: Mapping[str, str], colours: Mapping[str, str]
+) -> Figure:
+    """Test accuracy against one of COSTS, a mark a cell: colour is the method, shape the recipe, by its place."""
     title, axis_label, unit = COSTS[what]
-    recipes = list(dict.fromkeys(row["recipe"] for row in rows))
-    with axes() as axis:
+    groups = dict.fromkeys((row["recipe"], row["method"]) for row in rows)
+    legend = len(groups) <= MANY_MARKS
+    with axes(height=HEIGHT + (17 * -(-len(groups) // 2) if legend else 0)) as axis:
         said = []
-        for recipe, method in dict.fromkeys((row["recipe"], row["method"]) for row in rows):
+        for recipe, method in sorted(groups, key=lambda group: recipes.index(group[0])):
             mine = [row for row in rows if (row["recipe"], row["method"]) == (recipe, method)]
             spent, accuracy = ([row[what] for row in mine], [100 * row["accuracy"] for row in mine])
             axis.plot(spent, accuracy, linestyle="none", marker="osD^vP"[recipes.index(recipe) % 6], markersize=5.5,
                       color=colours[method], label=f"{names[method]}, {recipe}")  # fmt: skip
             said.append(f"{names[method]}, recipe {recipe}, {mean(spent):.0f} {unit} {mean(accuracy):.1f} %")
         axis.set(title=title, xlabel=axis_label, ylabel="test accuracy (%)")
-        axis.set_xlim(left=0)
-        if len(said) <= MANY_MARKS:
-            axis.legend(loc="best")
+        axis.set_xlim(0, 1.05 * max(row[what] for row in rows))
+        if legend:  # below: there is no corner without marks
+            canvas = axis.get_figure()
+            assert isinstance(canvas, Canvas)
+            canvas.legend(loc="outside lower left", ncols=2, columnspacing=1, handletextpad=0.2)
         alt = f"{title}: {'; '.join(said)}."
         machine = "On the machine of benchmarks/results/time_to_accuracy.md; looks at test accuracy included."
         return picture(axis, alt, machine)

@@ -140,7 +140,7 @@ def section(results: Results, table: Sequence[Row], published: Sequence[Row], da
     best = max((row["accuracy_mean"] for row in ranked), default=None)
     notes: list[tuple[str, str]] = []
     lines = []
-    for row in mine:
+    for row in (row for row in mine if row["n"] or row["published"] is not None):
         quoted = spread(row["published"], row["published_sd"])
         if row["published"] is not None:
             notes.append((letter(len(notes)), footnote(row)))
@@ -265,13 +265,15 @@ def also_published(plan: Mapping[str, Any], published: Sequence[Row], dataset: s
 
 
 def missing(results: Results, dataset: str) -> list[str]:
-    """One line for each recipe and method with cells that have not run."""
-    lines: dict[str, list[str]] = {}
-    for key in results.missing:
-        if key[0] == dataset:
-            lines.setdefault(f"{method_name(key[2])}, recipe {key[1]}", []).append(str(key[3]))
+    """One line for each recipe with cells that have not run."""
+    lines: dict[str, dict[str, list[str]]] = {}
+    for _, recipe, method, seed in (key for key in results.missing if key[0] == dataset):
+        lines.setdefault(recipe, {}).setdefault(method_name(method), []).append(str(seed))
     return [
-        f"Not run yet: {head}, seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}." for head, seeds in lines.items()
+        f"Not run yet, recipe {recipe}: "
+        + "; ".join(f"{name} seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}" for name, seeds in methods.items())
+        + "."
+        for recipe, methods in lines.items()
     ]
 
 
@@ -314,7 +316,8 @@ def markdown(results: Results, published: Sequence[Row]) -> str:
             cells = [*line["cells"]]
             cells[4] = f"**{cells[4]}**" if line["bold"] else cells[4]
             lines.append(cells)
-        blocks.append(markdown_table(part["header"], lines, 4))
+        if lines:
+            blocks.append(markdown_table(part["header"], lines, 4))
         notes = [f"({mark}) {text}" for mark, text in part["notes"]]
         blocks.append("\n".join(f"- {text}" for text in [*part["explained"], *notes]))
         for table in part["tables"].values():
@@ -391,14 +394,14 @@ def figures(results: Results, table: Sequence[Row], dataset: str) -> dict[str, l
         for group in ("Calibration and energies", "Shift", "Training"):
             drawn[group] = [figure._replace(caption=f"{figure.caption} {LEADING}") for figure in drawn[group]]
     first = [row for row in by_class if all(row[k] == by_class[0][k] for k in ("recipe", "method"))]
-    drawn[""].insert(1, plots.class_profile(first, dataset=dataset))
+    drawn[""].append(plots.class_profile(first, dataset=dataset))
     timed = [
         {"recipe": key[1], "method": key[2], "accuracy": results.cells[key].last[RAW]["accuracy"], **cost}
         for key, cost in results.cost.items() if key[0] == dataset
     ]  # fmt: skip
     for what in plots.COSTS:
         if known := [row for row in timed if row[what] is not None]:
-            drawn["Training"].append(plots.cost(known, what, **style))
+            drawn["Training"].append(plots.cost(known, what, recipes=results.plan["recipes"], **style))
     return drawn
 
 

@@ -131,7 +131,7 @@ def _plan_run(store: Store, runs: "Iterable[Run]", plan: str) -> "Run":
         "To compare: choose *Model training* at the top left, expand this run in the list, tick cells, press "
         "*Compare*. *Group by* `method` gives means over seeds. For the current results alone, search "
         f"`tags.\"longtail.plan\" = '{plan}' AND tags.\"longtail.current\" = 'yes'`; docs/mlflow.md has more.\n\n"
-        "Plain names (`accuracy few`) are raw logits on the test set at the last epoch; `aligned .../` is "
+        "`accuracy/...` and plain names are raw logits on the test set at the last epoch; `aligned .../` is "
         "the same after energy alignment; `curve/` is training. Fractions; nll in nats."
     )
     tags = {"longtail.kind": "plan", "longtail.plan": plan, "mlflow.note.content": note, **_user()}
@@ -297,7 +297,7 @@ def _upload(store: Store, root: Path, plan: str, parent: "Run") -> list[str]:
 
 def _note(result: Result) -> str:
     """What the run's page says first."""
-    lines = [f"raw {result.metrics['accuracy']:.2%}"]
+    lines = [f"raw {result.metrics['accuracy/all']:.2%}"]
     lines += [
         f"{name} {result.metrics[f'{name}/accuracy']:.2%}"
         for _, name in ALIGNED

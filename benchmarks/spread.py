@@ -1,0 +1,201 @@
+"""What a fixed subset and a fixed stream of mixup weights hide of the spread over seeds.
+
+python -m benchmarks.spread                              # digits, 40 seeds: under ten minutes on one core
+python -m benchmarks.spread --dataset cifar100_if100 --recipe short_strong --mixup 0 --seeds 8    # some 80 minutes
+python -m benchmarks.spread --quick                      # seconds; prints only
+
+Published standard deviations differ in what was drawn anew for each run. GALA's released code draws the long-tailed
+subset, too; BalPoE's takes one subset for all, and the same weights of mixup at the same step. Here networks are
+trained all three ways, with the same method and recipe. A network that the csv has is not trained again.
+"""
+
+import argparse
+import csv
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import yaml
+
+from benchmarks.harness import RESULTS, ROOT, Report
+
+COLUMNS = ("dataset", "recipe", "method", "mixup_alpha", "subset", "mixing", "seed", "accuracy")
+SETTING = COLUMNS[:4]
+Row = dict[str, str]
+
+# What all runs share, by name: which subset and which stream of mixup weights run number `seed` has.
+WAYS: dict[str, Callable[[int], tuple[int, int]]] = {
+    "nothing": lambda seed: (seed, seed),
+    "the subset": lambda seed: (0, seed),
+    "the subset and mixup's weights": lambda seed: (0, 0),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train what is missing, seed by seed, and say what all of it says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="digits_if20")
+    parser.add_argument("--recipe", default="digits")
+    parser.add_argument("--method", default="balanced_softmax")
+    parser.add_argument("--mixup", type=float, default=0.4, help="its alpha, in place of the recipe's; 0 for none")
+    parser.add_argument("--seeds", type=int, default=40, help="runs of each way")
+    parser.add_argument("--quick", action="store_true", help="two seeds, one epoch: says only that it runs")
+    parser.add_argument("--results", type=Path, help="folder to write to (default: benchmarks/results)")
+    args = parser.parse_args(argv)
+    if args.seeds < 2:
+        parser.error(f"--seeds {args.seeds}: a spread needs two or more")
+    if args.results is None and not args.quick:
+        args.results = RESULTS
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    for flag, block in (("dataset", "datasets"), ("recipe", "recipes"), ("method", "methods")):
+        if getattr(args, flag) not in params[block]:
+            parser.error(f"--{flag} {getattr(args, flag)}: params.yaml has {', '.join(params[block])}")
+    source = params["datasets"][args.dataset]["source"]
+    if not (ROOT / "data" / "raw" / f"{source}.npz").exists():
+        parser.error(f"data/raw/{source}.npz is not there: dvc repro stages/dvc.yaml:download@{source}")
+    table = args.results / "spread.csv" if args.results else None
+    rows = read(table)
+    setting = (args.dataset, args.recipe, args.method, f"{args.mixup:g}")
+    for seed, subset, mixing in runs(2 if args.quick else args.seeds, mixup=args.mixup > 0):
+        row = dict(zip(COLUMNS, (*setting, str(subset), str(mixing), str(seed)), strict=False))
+        if any(row.items() <= known.items() for known in rows):
+            continue
+        row["accuracy"] = f"{accuracy(row, epochs=1 if args.quick else None):.6f}"
+        print(*row.values(), flush=True)
+        rows.append(row)
+        if table:
+            write(rows, table)
+    report = say(rows)
+    if args.results:
+        report.write(args.results / "spread.md")
+
+
+def runs(seeds: int, *, mixup: bool) -> Iterator[tuple[int, int, int]]:
+    """(seed, subset, mixing) of each network, once: the first seed's are the same network all ways."""
+    ways = list(WAYS.values())[: 3 if mixup else 2]
+    for seed in range(seeds):
+        yield from dict.fromkeys((seed, *way(seed)) for way in ways)
+
+
+def accuracy(row: Row, *, epochs: int | None) -> float:
+    """Test accuracy (mean over classes) of a network trained as params.yaml has it, after the last epoch."""
+    from longtail import batches, engine, files, inference, long_tail, training
+    from longtail.checkpoints import Checkpoint
+
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    recipe, method = params["recipes"][row["recipe"]], params["methods"][row["method"]]
+    recipe |= {"mixup_alpha": float(row["mixup_alpha"]), "gradients_every": 0}
+    recipe["epochs"] = recipe["test_every"] = epochs or recipe["epochs"]
+    tail = dict(params["datasets"][row["dataset"]])
+    raw = files.load_arrays(ROOT / "data" / "raw" / f"{tail.pop('source')}.npz")
+    splits = batches.splits(long_tail.cut(raw, **tail | {"seed": int(row["subset"])}), inference.find_device())
+    seed = int(row["seed"])
+    inference.set_up(seed)
+    network, loss = training.build(splits["train"], row["method"], method, **recipe)
+    settings = {key: value for key, value in recipe.items() if key not in ("network", "normalization")}
+    with mixup_weights_of(int(row["mixing"])):
+        fitted = engine.fit(
+            network, loss, splits["train"], None, splits["test"],
+            seed=seed, checkpoint=Checkpoint(None, ""), on_epoch=lambda _: None, **settings,
+        )  # fmt: skip
+    return float(fitted.history[-1]["test_accuracy"])
+
+
+def mixup_weights_of(seed: int) -> Any:
+    """While it is open, trainings mix with the weights of a training with this seed; partners stay their own."""
+    from longtail import batches
+
+    own = batches.batch_generator
+
+    def generator(of: int, *place: int) -> SimpleNamespace:
+        given, mine = own(seed, *place), own(of, *place)
+
+        def beta(a: float, b: float) -> float:
+            mine.beta(a, b)  # so that the partners drawn after it are those of the training as it is
+            return float(given.beta(a, b))
+
+        return SimpleNamespace(beta=beta, permutation=mine.permutation)
+
+    return mock.patch.object(batches, "batch_generator", generator)
+
+
+def say(rows: Sequence[Row]) -> Report:
+    """A table for each setting: mean, spread, and the spread relative to that of runs that share nothing."""
+    report = Report()
+    report.say(
+        "# The spread over seeds, by what runs share", "",
+        "Test accuracy in percent (mean over classes, last epoch), standard deviation over runs with its 95 % interval "
+        "(chi-squared), and its ratio to that of runs that share nothing (95 % interval by F). Intervals presume "
+        "normal, independent accuracies; all runs share the test images.",
+    )  # fmt: skip
+    settings = dict.fromkeys(tuple(row[key] for key in SETTING) for row in rows)
+    for setting in settings:
+        dataset, recipe, method, mixup = setting
+        of_setting = [row for row in rows if tuple(row[key] for key in SETTING) == setting]
+        ways = {name: of_way(of_setting, name) for name in list(WAYS)[: 3 if float(mixup) else 2]}
+        lines = []
+        for name, values in ways.items():
+            low, high = deviation_interval(values)
+            line = [name, str(len(values)), f"{fmean(values):.2f}", f"{stdev(values):.2f} ({low:.2f} to {high:.2f})"]
+            if name == "nothing":
+                line.append("1")
+            else:
+                ratio, low, high = deviation_ratio(values, ways["nothing"])
+                line.append(f"{ratio:.2f} ({low:.2f} to {high:.2f})")
+            lines.append(line)
+        mixed = f", mixup {mixup}" if float(mixup) else ", no mixup"
+        report.say("", f"## {dataset}, {recipe}, {method}{mixed}")
+        report.table(("Runs share", "Runs", "Mean", "Standard deviation", "Ratio"), lines)
+    return report
+
+
+def of_way(rows: Sequence[Row], way: str) -> list[float]:
+    """Accuracies in percent of the runs that share what `way` says."""
+    return [
+        100 * float(row["accuracy"])
+        for row in rows
+        if (int(row["subset"]), int(row["mixing"])) == WAYS[way](int(row["seed"]))
+    ]
+
+
+def deviation_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Of the standard deviation of normal values: sqrt((n - 1) s^2 / chi-squared quantiles)."""
+    from scipy.stats import chi2
+
+    df, spread = len(values) - 1, stdev(values)
+    low, high = (df / chi2.ppf((1 + side * level) / 2, df) for side in (1, -1))
+    return spread * low**0.5, spread * high**0.5
+
+
+def deviation_ratio(
+    values: Sequence[float], others: Sequence[float], level: float = 0.95
+) -> tuple[float, float, float]:
+    """Standard deviation of `values` over that of `others`, and the interval of the ratio by the F distribution."""
+    from scipy.stats import f
+
+    dfs = len(values) - 1, len(others) - 1
+    ratio = stdev(values) / stdev(others)
+    low, high = (ratio / f.ppf((1 + side * level) / 2, *dfs) ** 0.5 for side in (1, -1))
+    return ratio, low, high
+
+
+def read(path: Path | None) -> list[Row]:
+    """The networks that were trained before."""
+    if path is None or not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return [*csv.DictReader(file)]
+
+
+def write(rows: Sequence[Row], path: Path) -> None:
+    """All of them, whole or not at all."""
+    from longtail import files
+
+    files.write_csv(path, sorted(rows, key=lambda row: [*(row[key] for key in SETTING), int(row["seed"])]), [*COLUMNS])
+
+
+if __name__ == "__main__":
+    main()
