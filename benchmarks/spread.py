@@ -1,12 +1,12 @@
 """What a fixed subset and a fixed stream of mixup weights hide of the spread over seeds.
 
 python -m benchmarks.spread                              # digits, 40 seeds: under ten minutes on one core
-python -m benchmarks.spread --dataset cifar100_if100 --recipe short_strong --mixup 0 --seeds 8    # some 80 minutes
+python -m benchmarks.spread --dataset cifar100_if100 --recipe short_strong --mixup 0 --seeds 6    # some 80 minutes
 python -m benchmarks.spread --quick                      # seconds; prints only
 
 Published standard deviations differ in what was drawn anew for each run. GALA's released code draws the long-tailed
 subset, too; BalPoE's takes one subset for all, and the same weights of mixup at the same step. Here networks are
-trained all three ways, with the same method and recipe. A network that the csv has is not trained again.
+trained in these ways and others, with the same method and recipe. A network that the csv has is not trained again.
 """
 
 import argparse
@@ -23,14 +23,15 @@ import yaml
 from benchmarks.harness import RESULTS, ROOT, Report
 
 COLUMNS = ("dataset", "recipe", "method", "mixup_alpha", "subset", "mixing", "seed", "accuracy")
-SETTING = COLUMNS[:4]
+SETTING, DRAWN = COLUMNS[:4], COLUMNS[4:7]
 Row = dict[str, str]
 
-# What all runs share, by name: which subset and which stream of mixup weights run number `seed` has.
-WAYS: dict[str, Callable[[int], tuple[int, int]]] = {
-    "nothing": lambda seed: (seed, seed),
-    "the subset": lambda seed: (0, seed),
-    "the subset and mixup's weights": lambda seed: (0, 0),
+# What all runs share, by name: subset, stream of mixup weights and seed of training of the run of a number.
+WAYS: dict[str, Callable[[int], tuple[int, int, int]]] = {
+    "nothing": lambda number: (number, number, number),
+    "the subset": lambda number: (0, number, number),
+    "all but the subset": lambda number: (number, 0, 0),
+    "the subset and mixup's weights": lambda number: (0, 0, number),  # last: only where there is mixup
 }
 
 
@@ -59,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = args.results / "spread.csv" if args.results else None
     rows = read(table)
     setting = (args.dataset, args.recipe, args.method, f"{args.mixup:g}")
-    for seed, subset, mixing in runs(2 if args.quick else args.seeds, mixup=args.mixup > 0):
-        row = dict(zip(COLUMNS, (*setting, str(subset), str(mixing), str(seed)), strict=False))
+    for run in runs(2 if args.quick else args.seeds, mixup=args.mixup > 0):
+        row = dict(zip(COLUMNS, (*setting, *map(str, run)), strict=False))
         if any(row.items() <= known.items() for known in rows):
             continue
         row["accuracy"] = f"{accuracy(row, epochs=1 if args.quick else None):.6f}"
@@ -73,11 +74,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         report.write(args.results / "spread.md")
 
 
-def runs(seeds: int, *, mixup: bool) -> Iterator[tuple[int, int, int]]:
-    """(seed, subset, mixing) of each network, once: the first seed's are the same network all ways."""
-    ways = list(WAYS.values())[: 3 if mixup else 2]
-    for seed in range(seeds):
-        yield from dict.fromkeys((seed, *way(seed)) for way in ways)
+def runs(count: int, *, mixup: bool) -> Iterator[tuple[int, int, int]]:
+    """(subset, mixing, seed) of each network, once: run 0 is the same network all ways."""
+    for number in range(count):
+        yield from dict.fromkeys(way(number) for way in ways(mixup).values())
+
+
+def ways(mixup: bool) -> dict[str, Callable[[int], tuple[int, int, int]]]:
+    """Those of WAYS that differ from each other with mixup, or without."""
+    return dict(list(WAYS.items())[: len(WAYS) if mixup else -1])
 
 
 def accuracy(row: Row, *, epochs: int | None) -> float:
@@ -135,15 +140,17 @@ def say(rows: Sequence[Row]) -> Report:
     for setting in settings:
         dataset, recipe, method, mixup = setting
         of_setting = [row for row in rows if tuple(row[key] for key in SETTING) == setting]
-        ways = {name: of_way(of_setting, name) for name in list(WAYS)[: 3 if float(mixup) else 2]}
+        found = {name: of_way(of_setting, name) for name in ways(float(mixup) > 0)}
         lines = []
-        for name, values in ways.items():
+        for name, values in found.items():
+            if len(values) < 2:
+                continue
             low, high = deviation_interval(values)
             line = [name, str(len(values)), f"{fmean(values):.2f}", f"{stdev(values):.2f} ({low:.2f} to {high:.2f})"]
             if name == "nothing":
                 line.append("1")
             else:
-                ratio, low, high = deviation_ratio(values, ways["nothing"])
+                ratio, low, high = deviation_ratio(values, found["nothing"])
                 line.append(f"{ratio:.2f} ({low:.2f} to {high:.2f})")
             lines.append(line)
         mixed = f", mixup {mixup}" if float(mixup) else ", no mixup"
@@ -154,11 +161,10 @@ def say(rows: Sequence[Row]) -> Report:
 
 def of_way(rows: Sequence[Row], way: str) -> list[float]:
     """Accuracies in percent of the runs that share what `way` says."""
+    drawn = [tuple(int(row[key]) for key in DRAWN) for row in rows]
     return [
-        100 * float(row["accuracy"])
-        for row in rows
-        if (int(row["subset"]), int(row["mixing"])) == WAYS[way](int(row["seed"]))
-    ]
+        100 * float(row["accuracy"]) for row, run in zip(rows, drawn, strict=True) if run == WAYS[way](max(run))
+    ]  # fmt: skip
 
 
 def deviation_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
@@ -194,7 +200,8 @@ def write(rows: Sequence[Row], path: Path) -> None:
     """All of them, whole or not at all."""
     from longtail import files
 
-    files.write_csv(path, sorted(rows, key=lambda row: [*(row[key] for key in SETTING), int(row["seed"])]), [*COLUMNS])
+    ordered = sorted(rows, key=lambda row: [*(row[key] for key in SETTING), *(int(row[key]) for key in DRAWN)])
+    files.write_csv(path, ordered, [*COLUMNS])
 
 
 if __name__ == "__main__":

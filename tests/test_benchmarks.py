@@ -113,19 +113,19 @@ def test_spread_trains_what_is_missing(tmp_path, monkeypatch, spread):
     trained = []
 
     def accuracy(row, epochs):
-        trained.append(tuple(int(row[key]) for key in ("seed", "subset", "mixing")))
+        trained.append(tuple(int(row[key]) for key in ("subset", "mixing", "seed")))
         return 0.5 + 0.01 * len(trained)
 
     monkeypatch.setattr(spread, "accuracy", accuracy)
     spread.main([*flags, "--mixup", "0"])
-    assert trained == [(0, 0, 0), (1, 1, 1), (1, 0, 1), (2, 2, 2), (2, 0, 2)]
+    assert trained == [(0, 0, 0), *(run for n in (1, 2) for run in ((n, n, n), (0, n, n), (n, 0, 0)))]
     spread.main([*flags, "--seeds", "2", "--mixup", "0"])
-    assert len(trained) == 5
+    assert len(trained) == 7
     spread.main(flags)
-    assert trained[5:] == [(0, 0, 0), *((s, *way) for s in (1, 2) for way in ((s, s), (0, s), (0, 0)))]
+    assert trained[7:] == [(0, 0, 0), *(run for n in (1, 2) for run in ((n, n, n), (0, n, n), (n, 0, 0), (0, 0, n)))]
     lines = (tmp_path / "spread.md").read_text().splitlines()
-    without = next(line for line in lines if line.startswith("| the subset | 3 |"))  # 51, 53 and 55 %
-    assert without.split(" | ")[2:4] == ["53.00", "2.00 (1.04 to 12.57)"]
+    without = next(line for line in lines if line.startswith("| the subset | 3 |"))  # 51, 53 and 56 %
+    assert without.split(" | ")[2:4] == ["53.33", "2.52 (1.31 to 15.82)"]
     for wrong in (["--seeds", "1"], ["--recipe", "none"], ["--dataset", "cifar100_if100"]):
         with pytest.raises(SystemExit):
             spread.main([*flags, *wrong])
