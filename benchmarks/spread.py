@@ -156,6 +156,14 @@ def say(rows: Sequence[Row]) -> Report:
         mixed = f", mixup {mixup}" if float(mixup) else ", no mixup"
         report.say("", f"## {dataset}, {recipe}, {method}{mixed}")
         report.table(("Runs share", "Runs", "Mean", "Standard deviation", "Ratio"), lines)
+        zero, others = by_subset(of_setting)
+        if len(zero) > 1 and len(others) > 1:
+            apart, low, high = difference(zero, others)
+            report.say(
+                f"Subset 0: {fmean(zero):.2f} ({len(zero)} runs); the {len(others)} other subsets {fmean(others):.2f} "
+                f"(from {min(others):.2f} to {max(others):.2f}, means of their runs). Difference {apart:+.2f}, 95 % "
+                f"interval {low:+.2f} to {high:+.2f} (Welch)."
+            )
     return report
 
 
@@ -165,6 +173,24 @@ def of_way(rows: Sequence[Row], way: str) -> list[float]:
     return [
         100 * float(row["accuracy"]) for row, run in zip(rows, drawn, strict=True) if run == WAYS[way](max(run))
     ]  # fmt: skip
+
+
+def by_subset(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
+    """Accuracies in percent of the runs on subset 0 with mixup weights of their own, and the means of other subsets."""
+    found: dict[int, list[float]] = {}
+    for row in rows:
+        subset, mixing, seed = (int(row[key]) for key in DRAWN)
+        if mixing == seed:
+            found.setdefault(subset, []).append(100 * float(row["accuracy"]))
+    return found.pop(0, []), [fmean(values) for _, values in sorted(found.items())]
+
+
+def difference(values: Sequence[float], others: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
+    """Of two means, with Welch's interval."""
+    from scipy.stats import ttest_ind
+
+    low, high = ttest_ind(values, others, equal_var=False).confidence_interval(level)
+    return fmean(values) - fmean(others), float(low), float(high)
 
 
 def deviation_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:

@@ -126,6 +126,8 @@ def test_spread_trains_what_is_missing(tmp_path, monkeypatch, spread):
     lines = (tmp_path / "spread.md").read_text().splitlines()
     without = next(line for line in lines if line.startswith("| the subset | 3 |"))  # 51, 53 and 56 %
     assert without.split(" | ")[2:4] == ["53.33", "2.52 (1.31 to 15.82)"]
+    mixed = "".join(lines).split("mixup 0.4")[1]
+    assert "(3 runs); the 2 other subsets" in mixed and "Difference " in mixed
     for wrong in (["--seeds", "1"], ["--recipe", "none"], ["--dataset", "cifar100_if100"]):
         with pytest.raises(SystemExit):
             spread.main([*flags, *wrong])
@@ -165,6 +167,18 @@ def test_spread_replaces_the_weights_of_mixup_and_nothing_else(spread):
     with spread.mixup_weights_of(5):
         assert all(torch.equal(one[0], two[0]) for one, two in zip(drawn(5), own, strict=True))
     assert torch.equal(drawn(5)[0][0], own[0][0])  # and it is over afterwards
+
+
+def test_one_subset_against_the_others(spread):
+    def row(subset, mixing, seed, accuracy):
+        return {"subset": str(subset), "mixing": str(mixing), "seed": str(seed), "accuracy": str(accuracy)}
+
+    rows = [row(0, 0, 0, 0.5), row(0, 1, 1, 0.54), row(0, 0, 1, 0.9), row(2, 2, 2, 0.6), row(1, 1, 1, 0.5),
+            row(1, 0, 0, 0.7), row(2, 0, 0, 0.64)]  # fmt: skip
+    zero, others = spread.by_subset(rows)
+    assert zero == pytest.approx([50, 54]) and others == pytest.approx([60, 62])  # not the run with others' weights
+    apart, low, high = spread.difference([1.0, 3.0], [5.0, 7.0])  # equal spreads: Student's, two degrees of freedom
+    assert (apart, low, high) == pytest.approx((-4, -4 - 4.30265 * 2**0.5, -4 + 4.30265 * 2**0.5), rel=1e-5)
 
 
 def test_intervals_of_spreads(spread):

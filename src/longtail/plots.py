@@ -48,6 +48,7 @@ SMALL_WIDTH, SMALL_HEIGHT = 320, 260  # four in a row on a wide page
 PIXELS = 96  # CSS pixels in an inch
 RATIO_TICKS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20)
 MANY_MARKS = 16  # a legend of more would hide them
+HALF_A_LEGEND = 28  # letters that two columns of a legend have room for
 MANY_CLASSES = 30  # from here on, classes are summed up by neighbours
 NEIGHBOURS = 10
 PALETTE_SIZE = 64  # a chart needs no more colours, and the page is a quarter of the size
@@ -379,21 +380,23 @@ def cost(
     """Test accuracy against one of COSTS, a mark a cell: colour is the method, shape the recipe, by its place."""
     title, axis_label, unit = COSTS[what]
     groups = dict.fromkeys((row["recipe"], row["method"]) for row in rows)
+    labels = {(recipe, method): f"{names[method]}, {recipe}" for recipe, method in groups}
     legend = len(groups) <= MANY_MARKS
-    with axes(height=HEIGHT + (17 * -(-len(groups) // 2) if legend else 0)) as axis:
+    columns = 2 if max(map(len, labels.values())) <= HALF_A_LEGEND else 1
+    with axes(height=HEIGHT + (17 * -(-len(groups) // columns) if legend else 0)) as axis:
         said = []
         for recipe, method in sorted(groups, key=lambda group: recipes.index(group[0])):
             mine = [row for row in rows if (row["recipe"], row["method"]) == (recipe, method)]
             spent, accuracy = ([row[what] for row in mine], [100 * row["accuracy"] for row in mine])
             axis.plot(spent, accuracy, linestyle="none", marker="osD^vP"[recipes.index(recipe) % 6], markersize=5.5,
-                      color=colours[method], label=f"{names[method]}, {recipe}")  # fmt: skip
+                      color=colours[method], label=labels[recipe, method])  # fmt: skip
             said.append(f"{names[method]}, recipe {recipe}, {mean(spent):.0f} {unit} {mean(accuracy):.1f} %")
         axis.set(title=title, xlabel=axis_label, ylabel="test accuracy (%)")
         axis.set_xlim(0, 1.05 * max(row[what] for row in rows))
         if legend:  # below: there is no corner without marks
             canvas = axis.get_figure()
             assert isinstance(canvas, Canvas)
-            canvas.legend(loc="outside lower left", ncols=2, columnspacing=1, handletextpad=0.2)
+            canvas.legend(loc="outside lower left", ncols=columns, columnspacing=1, handletextpad=0.2)
         alt = f"{title}: {'; '.join(said)}."
         machine = "On the machine of benchmarks/results/time_to_accuracy.md; looks at test accuracy included."
         return picture(axis, alt, machine)
