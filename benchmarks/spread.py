@@ -48,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.seeds < 2:
         parser.error(f"--seeds {args.seeds}: a spread needs two or more")
-    if args.results is None and not args.quick:
-        args.results = RESULTS
+    # A quick run writes nowhere: a full one would take its networks of one epoch for finished.
+    args.results = None if args.quick else args.results or RESULTS
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     for flag, block in (("dataset", "datasets"), ("recipe", "recipes"), ("method", "methods")):
         if getattr(args, flag) not in params[block]:
