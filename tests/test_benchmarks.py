@@ -6,10 +6,11 @@ import importlib
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 from test_tracking import add_cell
 
-from longtail import batches, files, sources
+from longtail import batches, files, long_tail, sources
 
 
 def run(monkeypatch, name: str, *flags: str) -> None:
@@ -195,3 +196,87 @@ def test_intervals_of_spreads(spread):
         _, ratio_low, ratio_high = spread.deviation_ratio(one, two)
         held += (low < 2 < high, ratio_low < 2 < ratio_high)
     assert np.all(np.abs(held / 400 - 0.95) < 0.03)
+
+
+@pytest.fixture
+def candidates(tmp_path, monkeypatch):
+    """The program in a folder of its own, with two small recipes for digits."""
+    monkeypatch.syspath_prepend(ROOT)
+    module = importlib.import_module("benchmarks.candidates")
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    base = {key: value for key, value in params["recipes"]["digits"].items() if key != "test_every"}
+    given = {
+        "data": {"source": "digits", "kept_out": 0.2, "profile": "exponential", "imbalance_factor": 20, "seed": 0},
+        "base": {**base, "epochs": 2},
+        "candidates": {"as it is": {}, "slower": {"optimizer": {"lr": 0.01}}},
+    }
+    (tmp_path / "candidates.yaml").write_text(yaml.safe_dump(given, sort_keys=False))
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    raw = sources.load("digits")("", test_per_class=50, seed=0)
+    rows = np.concatenate([np.flatnonzero(raw["train_labels"] == label)[:120] for label in range(10)])
+    balanced = {name: raw[name][rows] for name in ("train_images", "train_labels")}
+    files.save_arrays(tmp_path / "data/raw/digits.npz", **{**raw, **balanced})
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(module, "SETTINGS", tmp_path / "candidates.yaml")
+    return module
+
+
+def test_validation_images_are_kept_out_of_the_long_tail(candidates):
+    data, _ = candidates.read(candidates.SETTINGS)
+    arrays = candidates.validation_arrays(**data)
+    raw = files.load_arrays(candidates.ROOT / "data/raw/digits.npz")
+    train, validation = ({image.tobytes() for image in arrays[f"{split}_images"]} for split in ("train", "test"))
+    assert not train & validation and validation <= {image.tobytes() for image in raw["train_images"]}
+    sizes = np.bincount(arrays["train_labels"])
+    assert sizes[0] == 96 and sizes[-1] == 4  # 96 / 20, rounded down
+    assert set(np.bincount(arrays["test_labels"])) == {24}
+
+
+def test_candidates_are_trained_once(tmp_path, candidates, capsys):
+    flags = ["--results", str(tmp_path), "--method", "balpoe"]
+    candidates.main([*flags, "--only", "as it is"])
+    (first,) = candidates.networks_in(tmp_path / "candidates.csv")
+    candidates.main(flags)
+    rows = candidates.networks_in(tmp_path / "candidates.csv")
+    assert [row["candidate"] for row in rows] == ["as it is", "slower"] and rows[0] == first
+    assert rows[0]["settings"] != rows[1]["settings"] and rows[0]["accuracy"] != rows[1]["accuracy"]
+    assert "| balpoe: slower | 2 | 0 |" in (tmp_path / "candidates.md").read_text()
+    assert not [*(tmp_path / "runs").rglob("*.pt")]
+    capsys.readouterr()
+    candidates.main(["--list"])
+    assert capsys.readouterr().out == "as it is\nslower\n"
+
+
+def test_candidates_say_what_they_do_not_know(tmp_path, candidates, capsys):
+    for wrong, known in ((["--only", "other"], "as it is; slower"), (["--method", "other"], "balpoe")):
+        with pytest.raises(SystemExit):
+            candidates.main([*wrong, "--results", str(tmp_path)])
+        assert known in capsys.readouterr().err
+    given = yaml.safe_load(candidates.SETTINGS.read_text())
+    candidates.SETTINGS.write_text(yaml.safe_dump(given | {"candidates": {"typo": {"optimizer": {"rate": 1}}}}))
+    with pytest.raises(ValueError, match="typo has 'rate'"):
+        candidates.read(candidates.SETTINGS)
+    with pytest.raises(FileNotFoundError, match="download@cifar10"):
+        candidates.validation_arrays("cifar10", 0.1, seed=0)
+
+
+def test_first_epoch_tells_the_same_training_from_another(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT)
+    module = importlib.import_module("benchmarks.first_epoch")
+    monkeypatch.chdir(tmp_path)
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    tail = {key: value for key, value in params["datasets"]["digits_if20"].items() if key != "source"}
+    arrays = long_tail.cut(sources.load("digits")("", test_per_class=50, seed=0), **tail)
+    files.save_arrays(tmp_path / "data/long_tail/digits_if20.npz", **arrays)
+    monkeypatch.setattr("sys.argv", ["first_epoch", "quick"])
+    assert module.main() == 1  # nothing is finished: nothing vouches for anything
+    cell = "digits_if20-digits-ce-0"
+    history = tmp_path / "results/quick/cells" / cell.replace("-", "/") / "history.csv"
+    row = module.first_epoch(cell, params)
+    files.write_csv(history, [row], list(row))
+    assert module.main() == 0
+    assert f"same  quick {cell}" in capsys.readouterr().out
+    files.write_csv(history, [row | {"loss": row["loss"] + 1e-5}], list(row))
+    assert module.main() == 1
+    assert f"OTHER  quick {cell}" in capsys.readouterr().out

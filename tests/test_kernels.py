@@ -98,6 +98,23 @@ def test_weight_gradient(images, size_in, size_out, side, stride):
 
 
 @needs_compiler
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("images", "side"), [(37, 16), (5, 32)])
+def test_weight_gradient_of_many_channels_is_that_of_sixteen_at_a_time(images, side, stride):
+    """To the bit: 64 channels are summed in wider tiles, in the same order; committed cells rest on that."""
+    if not hasattr(kernels.library(), "weight_gradient_bfloat16"):
+        pytest.skip("PyTorch's weight gradient is used on this processor")
+    (x,) = activations((images, 32, side, side), torch.bfloat16, 1)
+    (gradient,) = activations((images, 64, side // stride, side // stride), torch.bfloat16, 1)
+    weight = torch.zeros(64, 32, 3, 3, dtype=torch.bfloat16)
+    _, whole = kernels.convolution_backward(gradient, x, weight, stride)
+    for first in range(0, 64, 16):
+        part = kernels.channels_last(gradient[:, first : first + 16])
+        _, found = kernels.convolution_backward(part, x, weight[first : first + 16], stride)
+        assert torch.equal(found, whole[first : first + 16])
+
+
+@needs_compiler
 @pytest.mark.parametrize(("stride", "new"), [(2, 16), (2, 0), (1, 7), (3, 4)])
 def test_gradient_of_the_shortcut(stride, new):
     x = torch.randn(2, 16, 9, 9).contiguous(memory_format=torch.channels_last).requires_grad_()
