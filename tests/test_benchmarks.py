@@ -92,6 +92,55 @@ def test_time_to_accuracy_reads_the_cells_that_were_trained_here(tmp_path, monke
     assert [*row.values()] == ["digits_if20", "digits", "ce", "0", training, 4, 0.5, 80.0, 50.0, 9.5, "cpu", "c", "2"]
 
 
+@pytest.fixture
+def recipe_time(tmp_path, monkeypatch):
+    """The program with a recipe that is small for four of six epochs, and a clock that the pixels of a turn move."""
+    monkeypatch.syspath_prepend(ROOT)
+    module = importlib.import_module("benchmarks.recipe_time")
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    plain = {**params["recipes"]["smoke"], "epochs": 6, "test_every": 0}
+    plain["network"] = {**plain["network"], "depth": 8, "width": 4}
+    small = {**plain, "resolution": {"milestones": [1, 4], "scales": [0.25, 0.5]}, "test_every": 2}
+    (tmp_path / "params.yaml").write_text(
+        yaml.safe_dump({**params, "recipes": {"small": small, "plain": plain}}, sort_keys=False)
+    )
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    clock = [0.0]
+    monkeypatch.setattr(module, "perf_counter", lambda: clock[0])
+    epoch = module.Training.finish_epoch
+
+    def finish_epoch(self, between_steps):
+        images = epoch(self, between_steps)
+        clock[0] += images * module.scale_of(self.epoch, **self.resolution) ** 2
+        return images
+
+    def class_accuracy(network, split, *, precision):
+        clock[0] += len(split) / 4
+        return 0.0
+
+    monkeypatch.setattr(module.Training, "finish_epoch", finish_epoch)
+    monkeypatch.setattr(module, "class_accuracy", class_accuracy)
+    return module
+
+
+def test_recipe_time_adds_up_epochs_of_each_size_and_looks(tmp_path, recipe_time):
+    flags = ["--methods", "ce", "--images", "128", "--turns", "2", "--results", str(tmp_path)]
+    recipe_time.main(["--recipes", "small", "plain", *flags])
+    lines = [line for line in (tmp_path / "recipe_time.md").read_text().splitlines() if line.startswith("| ce")]
+    plain = 6 * 10_847
+    small = (1 / 16 + 3 / 4 + 2) * 10_847 + 3 * 10_000 / 4
+    assert lines == [
+        f"| ce · small | 1 of 8 px, 3 of 16 px, 2 of 32 px | 3 | {small / 60:.1f} | {small / plain:.3f} |",
+        f"| ce · plain | 6 of 32 px | 0 | {plain / 60:.1f} | 1.000 |",
+    ]
+
+
+def test_recipe_time_says_what_it_does_not_know(recipe_time, capsys):
+    with pytest.raises(SystemExit):
+        recipe_time.main(["--recipes", "slow"])
+    assert "--recipes slow: params.yaml has small, plain" in capsys.readouterr().err
+
+
 def test_posthoc(tmp_path, monkeypatch):
     run(monkeypatch, "posthoc", "--quick", "--results", str(tmp_path))
     rows = [line for line in (tmp_path / "posthoc.md").read_text().splitlines() if line.startswith("| ")]
