@@ -74,7 +74,8 @@ def say(plan: str, dataset: str, rows: Sequence[Row]) -> Report:
         f"# Accuracy against training time: {plan}, {dataset}", "", f"Trained on: {'; '.join(machines)}.", "",
         "Test accuracy of the raw logits at the last epoch, mean ± sample standard deviation over seeds; minutes of "
         "training, looks at test accuracy included, mean and range over seeds; share of the time that the method's "
-        "longest recipe took.",
+        "longest recipe took. Cells are of different days and versions of the code: recipe_time.md has "
+        "shares on equal terms.",
     )  # fmt: skip
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
