@@ -1,7 +1,7 @@
 """How long would each recipe take, all of them on the same machine with the same code, in turns?
 
-python -m benchmarks.recipe_time                      # two minutes; OMP_NUM_THREADS as for the cells
-python -m benchmarks.recipe_time --recipes short gala --methods ce gala
+python -m benchmarks.recipe_time                      # three minutes; OMP_NUM_THREADS as for the cells
+python -m benchmarks.recipe_time --recipes short gala --methods ce gala --results FOLDER
 python -m benchmarks.recipe_time --quick
 
 Cells are trained on different days, by different versions of the code, beside different work, so their minutes do not
@@ -28,7 +28,7 @@ CLASSES, TRAIN, TEST = 100, 10_847, 10_000  # CIFAR-100-LT, imbalance factor 100
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure in turns, put together, compare with the first recipe that is named last."""
+    """Measure in turns, put together, compare with the recipe that is named last."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", default=["fast", "balpoe"], help="shares are of the last one's time")
     parser.add_argument("--methods", nargs="+", default=["balanced_softmax", "balpoe"])

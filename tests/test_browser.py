@@ -32,12 +32,23 @@ return [...document.images].map(one => {
 LINKS = "return [...document.querySelectorAll('[href], [src]')].map(one => one.href || one.src);"
 TARGETS = "return [...document.querySelectorAll('[id]')].map(one => one.id);"
 OVERFLOW = "return document.documentElement.scrollWidth - window.innerWidth;"
+CUT = """
+return [...document.querySelectorAll('.scroll')].filter(one => !one.closest('details'))
+    .filter(one => one.scrollWidth > one.clientWidth).map(one => one.getAttribute('aria-label'));
+"""
 
 
 @pytest.fixture(scope="module")
 def chromium():
     with driver.browser() as found:
         yield found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_table_loses_its_last_columns_on_a_desktop(chromium, page):
+    chromium.size(1300, 900)
+    chromium.open((ROOT / page).as_uri(), "Results of plan")
+    assert chromium.run(CUT) == []
 
 
 @pytest.mark.parametrize("width", [1300, 420])
