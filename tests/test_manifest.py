@@ -1,5 +1,7 @@
-"""Manifests list what a script really imports, and nothing else."""
+"""Manifests list what a script really reaches, and nothing else; how code is written is no part of them."""
 
+import ast
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,13 @@ MANIFESTS = manifest.texts(ROOT, PARAMS)
 
 
 def code(name: str) -> set[str]:
-    return set(manifest.entries(MANIFESTS[name]))
+    """The modules and files whose definitions a manifest has."""
+    found = manifest.units(manifest.package(ROOT), manifest.starts(ROOT, PARAMS)[name])
+    return {unit.module.name if unit.node else unit.title for unit in found}
+
+
+def definitions(name: str) -> set[str]:
+    return {title for title, _ in manifest.entries(MANIFESTS[name])}
 
 
 def test_there_is_one_for_each_method_source_and_script():
@@ -25,79 +33,102 @@ def test_there_is_one_for_each_method_source_and_script():
 
 
 def test_a_method_has_its_loss_and_what_that_builds_on_and_no_other():
-    losses = {file for file in code("train-ldam_drw") if "/losses/" in file}
-    assert losses == {f"src/longtail/losses/{name}.py" for name in ("__init__", "ldam", "class_balanced")}
-    assert "src/longtail/losses/ldam.py" not in code("train-gala_paper")
-    assert {"src/longtail/kernels.cpp", "src/longtail/augment.py", "stages/train.py"} < code("train-ce")
-    assert "src/longtail/metrics.py" not in code("train-ce")
-    assert "src/longtail/report.html.j2" in code("report")
+    losses = {name for name in code("train-ldam_drw") if ".losses" in name}
+    assert losses == {"longtail.losses", "longtail.losses.ldam", "longtail.losses.class_balanced"}
+    assert "longtail.losses.ldam" not in code("train-gala_paper")
+    assert "kernels.cpp" in code("train-ce") and "train.py" in definitions("train-ce")
+    assert "report.html.j2" in code("report")
+
+
+def test_what_a_module_has_beside_what_is_reached_does_not_count():
+    assert "save_arrays" not in definitions("train-ce") and "load_arrays" in definitions("train-ce")
+    assert {"evaluate", "summarize"} < definitions("evaluate") and "EnergyAligning" not in definitions("evaluate")
 
 
 def test_plumbing_changes_no_result():
-    assert not any(
-        Path(file).name in ("stage.py", "params.py", "manifest.py") for name in MANIFESTS for file in code(name)
-    )
-    assert all("src/longtail/__init__.py" not in code(name) for name in MANIFESTS)
+    for name in manifest.PLUMBING:
+        assert manifest.package(ROOT).module(name), name
+    assert not any(code(name) & manifest.PLUMBING for name in MANIFESTS)
 
 
-@pytest.mark.parametrize("name", ["train-class_balanced_sampling", "predict", "evaluate", "refit-lws", "report"])
-def test_it_is_what_python_imports(name):
-    """The script's imports, run for real: no file of the package is loaded that the manifest and plumbing lack."""
-    script, *more = manifest.scripts(ROOT, PARAMS)[name]
-    modules = [".".join(path.relative_to(ROOT / "src").with_suffix("").parts) for path in more]
-    program = (
-        "import ast, sys\n"
-        f"tree = ast.parse(open({str(script)!r}).read())\n"
-        "tree.body = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]\n"
-        "exec(compile(tree, 'script', 'exec'))\n"
-        f"for name in {modules!r}: __import__(name)\n"
-        "print('\\n'.join(m.__file__ for n, m in sys.modules.items() if n.startswith('longtail')))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    loaded = {Path(file).relative_to(ROOT).as_posix() for file in done.stdout.split()}
-    library = ROOT / "src/longtail"
-    by_plumbing = manifest.closure([library / f"{stem}.py" for stem in manifest.PLUMBING], library)
-    assert loaded - {file.relative_to(ROOT).as_posix() for file in by_plumbing} <= code(name)
-    python = {file for file in code(name) if file.endswith(".py")}
-    assert python - loaded <= LATE.get(name, set()) | {script.relative_to(ROOT).as_posix()}
-
-
-# imported inside a function, where few need it
-LATE: dict[str, set[str]] = {}
-
-
-def test_entries_are_md5_and_path_in_order():
+def test_the_first_line_is_of_all_and_the_others_are_of_one_definition_each():
     for text in MANIFESTS.values():
-        paths = list(manifest.entries(text))
-        assert paths == sorted(paths) and all(len(md5) == 32 for md5 in manifest.entries(text).values())
+        first, *lines = text.splitlines()
+        assert len(first.split()[0]) == 64 and first.endswith("  program")
+        assert len(manifest.entries(text)) == len(set(lines))
+        assert [line.split("  ", 1)[1] for line in lines] == sorted(line.split("  ", 1)[1] for line in lines)
 
 
-def small(folder: Path, **sources: str) -> Path:
-    library = folder / "src" / "longtail"
-    library.mkdir(parents=True)
-    for name, text in sources.items():
-        (library / name.replace("__", "/").replace("_dot_", ".")).write_text(text)
-    return library
-
-
-def test_every_way_to_import_is_seen(tmp_path):
-    library = small(
-        tmp_path,
-        **{
-            "a.py": "from longtail import b",
-            "b.py": "def f():\n    import longtail.c",
-            "c.py": "from longtail.d import x",
-            "d.py": "PAGE = 'page.j2'\nx = 'e.py'",
-            "e.py": "",
-            "page.j2": "from longtail import e",
-            "stage.py": "",
-        },
-    )
-    found = manifest.closure([library / "a.py"], library)
-    assert {file.name for file in found} == {"a.py", "b.py", "c.py", "d.py", "page.j2"}
+def test_a_loss_of_another_name_is_told(tmp_path):
+    shutil.copytree(ROOT / "src", tmp_path / "src")
+    shutil.copytree(ROOT / "stages", tmp_path / "stages")
+    path = next(tmp_path.rglob("losses/ce.py"))
+    path.write_text(path.read_text().replace("class Loss", "class Lost"))
+    with pytest.raises(ValueError, match=r"src/longtail/losses/ce: defines no Loss"):
+        manifest.texts(tmp_path, PARAMS)
 
 
 def test_what_was_committed_is_current():
     """As `longtail verify` says for results; here for the manifests themselves."""
     committed = {file.stem: file.read_text() for file in (ROOT / manifest.FOLDER).glob("*.txt")}
     assert committed == MANIFESTS
+
+
+class Documented(ast.NodeTransformer):
+    """Gives everything another docstring."""
+
+    def document(self, node):
+        self.generic_visit(node)
+        if isinstance(node.body[0], ast.Expr) and isinstance(node.body[0].value, ast.Constant):
+            node.body.pop(0)
+        node.body.insert(0, ast.Expr(ast.Constant("Said otherwise.")))
+        return node
+
+    visit_Module = visit_FunctionDef = visit_ClassDef = document
+
+
+def test_comments_docstrings_and_layout_change_no_line(tmp_path):
+    """Every module and script: a comment, other docstrings, and the formatter with another line length."""
+    for folder in ("src", "stages"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    files = [*tmp_path.glob("src/**/*.py"), *tmp_path.glob("stages/*.py")]
+    assert len(files) > 60
+    for file in files:
+        tree = Documented().visit(ast.parse(file.read_text()))
+        file.write_text("# about it\n" + ast.unparse(ast.fix_missing_locations(tree)) + "\n# the end\n")
+    command = [sys.executable, "-m", "ruff", "format", "-q", "--line-length", "70", "--isolated", *files]
+    subprocess.run(command, check=True)
+    for file in tmp_path.rglob("*.cpp"):
+        file.write_text("// about it\n\n" + file.read_text().replace("\n    ", "\n      ").replace(" {\n", "\n{\n"))
+    assert manifest.texts(tmp_path, PARAMS) == MANIFESTS
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("engine.py", "LOOK_EVERY = 20", "LOOK_EVERY = 21"),
+        ("posthoc.py", "SLICE = ", "SLICE = 1 + "),
+        ("ldam.py", "super().__init__()", "super().__init__(1)"),
+        ("posthoc.py", "class EnergyAligning(", "class EnergyAligning(int, "),
+    ],
+)
+def test_a_changed_definition_changes_exactly_the_manifests_that_reach_it(tmp_path, file, old, new):
+    for folder in ("src", "stages"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    path = next(Path(tmp_path).rglob(file))
+    assert path.read_text().count(old) == 1, file
+    title = new.split(" = ")[0] if " = " in new else "EnergyAligning" if "Energy" in new else "Loss"
+    path.write_text(path.read_text().replace(old, new))
+    now = manifest.texts(tmp_path, PARAMS)
+    changed = {name for name in now if now[name] != MANIFESTS[name]}
+    module = ".".join(path.relative_to(tmp_path / "src").with_suffix("").parts)
+    reaching = {
+        name
+        for name, start in manifest.starts(ROOT, PARAMS).items()
+        for unit in manifest.units(manifest.package(ROOT), start)
+        if unit.module.name == module and title in unit.names
+    }
+    assert changed == reaching and 0 < len(changed) < len(now)
+    for name in changed:
+        was, is_now = manifest.entries(MANIFESTS[name]), manifest.entries(now[name])
+        assert {line[0] for line in was ^ is_now} == {title}

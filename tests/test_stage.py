@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from longtail import stage
+from longtail import manifest, stage
 from longtail.stage import Stage
 
 MANIFEST = "stages/code/work.txt"
@@ -17,9 +17,11 @@ def workspace(tmp_path, monkeypatch):
     """A folder with a dependency and params, and a stage that declares a part of them."""
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
     (tmp_path / "code.py").write_text("x = 1\n")
-    (tmp_path / "imported.py").write_text("y = 1\n")
+    (tmp_path / "src" / "longtail").mkdir(parents=True)
+    (tmp_path / "src" / "longtail" / "imported.py").write_text("Y = 1\n")
     (tmp_path / "stages" / "code").mkdir(parents=True)
-    (tmp_path / "stages" / "code" / "work.txt").write_text(f"{stage.md5(tmp_path / 'imported.py')}  imported.py\n")
+    (tmp_path / "stages" / "work.py").write_text("from longtail.imported import Y\nprint(Y)\n")
+    (tmp_path / MANIFEST).write_text(manifest.texts(tmp_path, {"sources": {}, "methods": {}})["work"])
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "a").write_text("a")
     monkeypatch.chdir(tmp_path)
@@ -42,7 +44,8 @@ EDITS = {
     "a file in a folder": lambda path: (path / "folder" / "a").write_text("b"),
     "a new file in a folder": lambda path: (path / "folder" / "b").write_text(""),
     "a declared param": lambda path: edit_params(path, "lambda1: 1.0", "lambda1: 2.0"),
-    "a file of its manifest": lambda path: (path / "imported.py").write_text("y = 2\n"),
+    "a file of its manifest": lambda path: (path / "src/longtail/imported.py").write_text("Y = 2\n"),
+    "its script": lambda path: (path / "stages/work.py").write_text("print(1)\n"),
 }
 
 
@@ -59,7 +62,7 @@ def test_an_edit_while_it_runs_fails_the_stage(workspace, edit):
 
 
 def test_a_manifest_of_other_code_stops_it_before_it_starts(workspace):
-    (workspace / "imported.py").write_text("y = 2\n")
+    (workspace / "src/longtail/imported.py").write_text("Y = 2\n")
     said = pytest.raises(SystemExit, match=f"{MANIFEST} is of other code .* `dvc repro stages/dvc.yaml:manifests`")
     with said, stage.run("out"):
         raise AssertionError("it started")
@@ -68,7 +71,10 @@ def test_a_manifest_of_other_code_stops_it_before_it_starts(workspace):
 def test_an_edit_of_what_it_does_not_declare_does_not(workspace):
     with stage.run("out") as (args, _):
         edit_params(workspace, "ece_bins: 15", "ece_bins: 20")
-    assert args.fingerprint == stage.declared().facts()[0]  # and what it did run with still has the same identity
+        (workspace / "src/longtail/imported.py").write_text("# of what it says\nY = 1\nZ = 3\n")
+    assert (
+        args.fingerprint == stage.declared().facts(stage.Code())[0]
+    )  # and what it did run with still has the same identity
 
 
 def test_wrong_params_stop_it_before_it_starts(workspace):

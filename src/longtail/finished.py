@@ -13,6 +13,7 @@ import yaml
 
 from longtail import files, pipeline
 from longtail.live import digest, fingerprint, plain
+from longtail.manifest import is_manifest
 from longtail.outcomes import CELL_FILES
 
 MAKERS = {"loss": "train", "refit": "refit", "fuse": "fuse"}  # of a cell's network: the stage for each kind of method
@@ -219,9 +220,13 @@ def _changed(root: Path, cell: Cell, entries: Mapping[str, Mapping[str, Any]]) -
 
 def _result(root: Path, cell: Cell, entries: Mapping[str, Mapping[str, Any]], subsample: Mapping[str, Any]) -> Result:
     train = entries["train"]
-    training = fingerprint(train["cmd"], _files(train, "deps"), _keys(train))
-    facts = {
-        kind: [sorted(_files(entry, "deps")), sorted(_files(entry, "outs")), _keys(entry)]
+    training = origin(identity(train), adopted(root, cell.plan))
+    facts = {  # not the code: the same outs of other code are the same result
+        kind: [
+            sorted(d for d in _files(entry, "deps") if not is_manifest(d[0])),
+            sorted(_files(entry, "outs")),
+            _keys(entry),
+        ]
         for kind, entry in entries.items()
     }
     machine = _machine(root, cell, training)
@@ -249,6 +254,26 @@ def _result(root: Path, cell: Cell, entries: Mapping[str, Mapping[str, Any]], su
         tags=tags,
         data=data[0] if data else None,
     )
+
+
+def identity(entry: Mapping[str, Any]) -> str:
+    """The fingerprint of a stage, from its entry in the lock: as longtail.stage has it while the stage runs."""
+    return fingerprint(entry["cmd"], _files(entry, "deps"), _keys(entry))
+
+
+def adopted(root: Path, plan: str) -> dict[str, str]:
+    """{fingerprint: the one before} of the plan's stages that were recorded as those of later code (longtail.adopt)."""
+    path = root / pipeline.adopted(plan)
+    return {row["now"]: row["was"] for row in files.read_csv(path)} if path.exists() else {}
+
+
+def origin(fingerprint: str, before: Mapping[str, str]) -> str:
+    """The fingerprint of the run that made what a stage has."""
+    seen = {fingerprint}
+    while (was := before.get(fingerprint)) and was not in seen:  # an edit may be taken back
+        fingerprint = was
+        seen.add(was)
+    return fingerprint
 
 
 def _files(entry: Mapping[str, Any], which: str) -> list[tuple[str, str]]:

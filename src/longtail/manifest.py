@@ -1,101 +1,111 @@
-"""Which code a stage runs: one small file a script, with the MD5 of every file that the script imports.
+"""Which code a stage runs: one small file a script, by what the code means (longtail.meaning).
 
-A stage depends on its manifest instead of on twenty files: DVC re-runs it when a line of the manifest changes, so an
-edit re-runs exactly the stages whose code it touches, and dvc.lock stays short. Nobody keeps lists by hand: imports are
-read off the source, and what a script imports by a name in params.yaml (a loss, a reader, a way to refit a head) is
-resolved here. The stage `manifests` writes them all; git keeps them, so that a diff shows what an edit touches.
+A stage depends on its manifest instead of on twenty files: DVC re-runs it when the manifest changes, so an edit re-runs
+exactly the stages whose code it touches, and dvc.lock stays short. The first line is the hash of all that the stage can
+reach, as one program: comments, docstrings, layout and the module in which a definition lies are no part of it. The
+lines below say which definitions those are, so that a diff shows what an edit touches. Nobody keeps lists by hand; what
+a script imports by a name in params.yaml (a loss, a reader, a way to refit a head) is resolved here. The stage
+`manifests` writes them all, and git keeps them.
 """
 
-import ast
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from longtail.meaning import Package, Unit, program, reached
+
 FOLDER = "stages/code"
+BESIDE = (".cpp", ".j2")  # what modules name beside Python: kernels, templates
 PACKAGE = "longtail"
 # What cannot change a result: the stage's frame, the schema (it only refuses), tracking, and what a machine is called.
-PLUMBING = {"__init__", "live", "machine", "manifest", "params", "ranges", "stage"}
+PLUMBING = frozenset(
+    f"{PACKAGE}.{name}" for name in ("live", "machine", "manifest", "meaning", "params", "ranges", "stage")
+)
 # Scripts that need no manifest: what they do is decided by what they declare themselves.
 WITHOUT = {"check", "manifests", "show"}
+EXPORTS = {"losses": "Loss", "heads": "refit", "sources": "read"}  # what is loaded by a name in params.yaml
 
 
-def scripts(root: Path, params: Mapping[str, Any]) -> dict[str, list[Path]]:
-    """{manifest: the files that a stage starts from}: its script and what it loads by name.
+@dataclass(frozen=True)
+class Start:
+    """What a stage starts from: its script, and the dotted name of what it loads by name, if it does."""
+
+    script: Path
+    loads: str | None = None
+
+
+def starts(root: Path, params: Mapping[str, Any]) -> dict[str, Start]:
+    """{manifest: its start}.
 
     `train-<method>` for each method with a loss, `refit-<method>` for each that refits a head, `download-<source>`,
     and `<script>` for every other script of stages/.
     """
-    library = root / "src" / PACKAGE
     found = {}
     for script in sorted((root / "stages").glob("*.py")):
         if script.stem in WITHOUT:
             continue
         if script.stem == "download":
             for name, block in params["sources"].items():
-                found[f"download-{name}"] = [script, library / "sources" / block["reader"] / "__init__.py"]
+                found[f"download-{name}"] = Start(script, _export(root, "sources", block["reader"]))
         elif script.stem in ("train", "refit"):
             folder, key = {"train": ("losses", "loss"), "refit": ("heads", "refit")}[script.stem]
             for method, block in params["methods"].items():
-                file = library / folder / f"{block.get(key, method)}.py"
-                if file.exists():
-                    found[f"{script.stem}-{method}"] = [script, file]
+                export = _export(root, folder, block.get(key, method))
+                if export:
+                    found[f"{script.stem}-{method}"] = Start(script, export)
         else:
-            found[script.stem] = [script]
+            found[script.stem] = Start(script)
     return found
 
 
-def imports(file: Path, library: Path) -> set[Path]:
-    """Files of the package that a file imports by its source, and those beside it that it names in a string."""
-    found: set[Path] = set()
-    beside = {path.name: path for path in file.parent.iterdir() if path.suffix not in ("", ".py")}  # templates, kernels
-    for node in ast.walk(ast.parse(file.read_text())):
-        names: list[str] = []
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE:
-            names = [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names if alias.name.split(".")[0] == PACKAGE]
-        elif isinstance(node, ast.Constant) and node.value in beside:
-            found.add(beside[node.value])
-        for name in names:
-            path = library.parent / Path(*name.split("."))
-            found |= {p for p in (path.with_suffix(".py"), path / "__init__.py") if p.exists()}
-    return found
+def _export(root: Path, folder: str, name: str) -> str | None:
+    """The dotted name of what <folder>/<name> exports, or None when there is no such file."""
+    path = root / "src" / PACKAGE / folder / name
+    there = path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+    return f"{PACKAGE}.{folder}.{name}.{EXPORTS[folder]}" if there else None
 
 
-def closure(start: list[Path], library: Path) -> set[Path]:
-    """`start` and all that it imports, and that imports in turn, but for plumbing."""
-    todo, found = list(start), set(start)
-    while todo:
-        file = todo.pop()
-        if file.suffix != ".py":
-            continue
-        for new in imports(file, library) - found:
-            if new.parent == library and new.stem in PLUMBING:  # but a subpackage's __init__ is no plumbing
-                continue
-            found.add(new)
-            todo.append(new)
-    return found
+def package(root: Path) -> Package:
+    """The library below `root`, as the manifests read it."""
+    return Package(root / "src", PACKAGE, PLUMBING, BESIDE)
 
 
-def text(root: Path, start: list[Path]) -> str:
-    """The manifest of a stage: `<md5>  <path>`, a line a file, in the order of the paths.
+def units(library: Package, start: Start) -> list[Unit]:
+    """All that a stage can reach.
 
-    Raises FileNotFoundError for a file that is not there.
+    Raises ValueError when the file that it loads by name does not export what it should.
     """
-    files = closure(start, root / "src" / PACKAGE)
-    lines = {
-        file.relative_to(root).as_posix(): hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest()
-        for file in files
-    }
-    return "".join(f"{lines[path]}  {path}\n" for path in sorted(lines))
+    begin = [library.at(start.script).whole]
+    if start.loads:
+        reference = library.resolve(start.loads)
+        if reference is None or not reference.units:
+            module, _, name = start.loads.rpartition(".")
+            raise ValueError(f"src/{module.replace('.', '/')}: defines no {name}")
+        begin += reference.units
+    return reached(begin)
 
 
-def texts(root: Path, params: Mapping[str, Any]) -> dict[str, str]:
-    """All manifests, {name: text}."""
-    return {name: text(root, start) for name, start in scripts(root, params).items()}
+def text(library: Package, start: Start) -> str:
+    """The manifest of a stage: `<SHA-256>  program`, then `<digest>  <definition>`, a line a definition, by name."""
+    found = units(library, start)
+    lines = sorted(f"{unit.title}\0{unit.digest}" for unit in found)
+    pairs = (line.split("\0") for line in lines)
+    return f"{program(found)}  program\n" + "".join(f"{digest}  {title}\n" for title, digest in pairs)
 
 
-def entries(text: str) -> dict[str, str]:
-    """{path: MD5} of a manifest."""
-    return {path: md5 for md5, path in (line.split("  ", 1) for line in text.splitlines())}
+def texts(root: Path, params: Mapping[str, Any], names: Iterable[str] | None = None) -> dict[str, str]:
+    """Manifests, {name: text}: all, or those of these names that there are."""
+    library, found = package(root), starts(root, params)
+    return {name: text(library, start) for name, start in found.items() if names is None or name in names}
+
+
+def is_manifest(path: str) -> bool:
+    """Whether a dependency of a stage is a manifest."""
+    return path.startswith(f"{FOLDER}/")
+
+
+def entries(text: str) -> set[tuple[str, str]]:
+    """{(definition, digest)} of a manifest, `program` left out."""
+    pairs = (line.split("  ", 1) for line in text.splitlines()[1:])
+    return {(title, digest) for digest, title in pairs}

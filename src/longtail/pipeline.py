@@ -27,6 +27,11 @@ def lock(pipeline: str) -> str:
     return pipeline.removesuffix(".yaml") + ".lock"
 
 
+def adopted(plan: str) -> str:
+    """The file that says which stages of a plan were recorded as those of later code, relative to the repository."""
+    return f"stages/{plan}/adopted.csv"
+
+
 def locks(root: Path) -> list[Path]:
     """The lock files of all plans that have one."""
     return sorted(root.glob(lock(file("*"))))

@@ -38,16 +38,43 @@ class Stage:
     deps: list[str]
     keys: list[str]
 
-    def facts(self) -> tuple[str, dict[str, Any]]:
+    def facts(self, code: "Code") -> tuple[str, dict[str, Any]]:
         """The fingerprint of (command, dependencies' content, declared params), and those params."""
-        params = pick(yaml.safe_load(Path("params.yaml").read_text()), self.keys)
-        return fingerprint(self.cmd, [(dep, content(dep)) for dep in self.deps], params), params
+        values = yaml.safe_load(Path("params.yaml").read_text())
+        found = [(dep, code.md5(dep, values) if manifest.is_manifest(dep) else md5(dep)) for dep in self.deps]
+        params = pick(values, self.keys)
+        return fingerprint(self.cmd, found, params), params
 
-    def check_code(self) -> None:
+    def check_code(self, code: "Code", params: dict[str, Any]) -> None:
         """Raise ValueError when a manifest is not that of the code that there is."""
         for dep in self.deps:
-            if content(dep) != md5(dep):
+            if manifest.is_manifest(dep) and code.md5(dep, params) != md5(dep):
                 raise ValueError(f"{dep} is of other code than there is; run `dvc repro stages/dvc.yaml:manifests`")
+
+
+class Code:
+    """The code that there is, as manifests have it. It is parsed again only when a file has changed."""
+
+    def __init__(self) -> None:
+        self.state: list[tuple[str, str]] = []
+        self.known: dict[str, str] = {}
+
+    def md5(self, dep: str, params: dict[str, Any]) -> str:
+        """What the MD5 of a manifest would be now; empty where there is no code for it."""
+        files = [path for folder in ("src", "stages") for path in Path(folder).rglob("*") if is_code(path)]
+        state = [(str(path), md5(path)) for path in sorted(files)]
+        if state != self.state:
+            self.state, self.known = state, {}
+        if dep not in self.known:
+            name = Path(dep).stem
+            text = manifest.texts(Path.cwd(), params, [name]).get(name)
+            self.known[dep] = "" if text is None else hashlib.md5(text.encode()).hexdigest()
+        return self.known[dep]
+
+
+def is_code(path: Path) -> bool:
+    """Whether a manifest may depend on a file."""
+    return path.suffix in (".py", *manifest.BESIDE)
 
 
 def pick(values: dict[str, Any], keys: list[str]) -> dict[str, Any]:
@@ -71,14 +98,6 @@ def md5(path: str | Path) -> str:
         return hashlib.md5("\n".join(lines).encode()).hexdigest()
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "md5").hexdigest()
-
-
-def content(dep: str) -> str:
-    """The MD5 of a dependency; of a manifest, what it would be with the code that there is."""
-    if not dep.startswith(f"{manifest.FOLDER}/"):
-        return md5(dep)
-    lines = [f"{md5(path)}  {path}\n" for path in manifest.entries(Path(dep).read_text())]
-    return hashlib.md5("".join(lines).encode()).hexdigest()
 
 
 def declared() -> Stage:
@@ -119,13 +138,12 @@ def run(*flags: str) -> Iterator[tuple[SimpleNamespace, dict[str, Any]]]:
         parser.add_argument(f"--{flag}", required=True)
     args = SimpleNamespace(**vars(parser.parse_args()))
     try:
-        schema.load()
-        stage = declared()
+        stage, code, checked = declared(), Code(), schema.load()
         args.stage = stage.name
-        stage.check_code()
-        args.fingerprint, params = stage.facts()
+        stage.check_code(code, checked)
+        args.fingerprint, params = stage.facts(code)
         yield args, params
-        if stage.facts()[0] != args.fingerprint:
+        if stage.facts(code)[0] != args.fingerprint:
             sys.exit(
                 f"{stage.name}: its code, data or params were edited while it ran, so the result belongs to neither "
                 "version and is not recorded; run `dvc repro` again"

@@ -64,24 +64,20 @@ def targets(root: Path, plans: Mapping[str, Any]) -> list[str]:
 
 
 def edited(root: Path, params: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """Code that is not that of the manifests of the stages: `stage: changed deps path modified`."""
-    now = manifest.texts(root, params)
-    changed: dict[str, list[str]] = {}
-    for name, text in now.items():
-        path = root / manifest.FOLDER / f"{name}.txt"
-        was, is_now = manifest.entries(path.read_text() if path.exists() else ""), manifest.entries(text)
-        changed[f"{manifest.FOLDER}/{name}.txt"] = [
-            f"{file} {'modified' if file in was and file in is_now else 'new' if file in is_now else 'deleted'}"
-            for file in sorted(was.keys() | is_now.keys())
-            if was.get(file) != is_now.get(file)
-        ]
+    """Code that is not that of the manifests of the stages: `stage: other code: definition, ...`."""
     lock = read_locks(root)
-    return [
-        f"{name}: changed deps {file}"
-        for name in names
-        for dep in lock[name].get("deps", ())
-        for file in changed.get(dep["path"], ())
-    ]
+    deps = {
+        name: [dep["path"] for dep in lock[name].get("deps", ()) if manifest.is_manifest(dep["path"])] for name in names
+    }
+    now = manifest.texts(root, params)
+    changed: dict[str, str] = {}
+    for path in {path for paths in deps.values() for path in paths}:
+        file = root / path
+        was, is_now = file.read_text() if file.exists() else "", now.get(file.stem, "")
+        if was != is_now:
+            definitions = {title for title, _ in manifest.entries(was) ^ manifest.entries(is_now)}
+            changed[path] = ", ".join(sorted(definitions)) or "how definitions refer to each other"
+    return [f"{name}: other code: {changed[path]}" for name in names for path in deps[name] if path in changed]
 
 
 def moved(root: Path, names: Sequence[str]) -> list[str]:
