@@ -123,6 +123,13 @@ def arguments() -> argparse.ArgumentParser:
         else:
             one.add_argument("--name", default="longtail", help="of the registered model (default: longtail)")
             one.add_argument("--alias", default="champion", help="that points at this version (default: champion)")
+    one = commands.add_parser(
+        "adopt", help="record cells whose code changed and whose numbers did not as the new code's"
+    )
+    one.add_argument("plan", nargs="*", help="plans (default: all that have a table)")
+    one.add_argument("--only", default="*", help="pattern of <dataset>-<recipe>-<method>-<seed>, e.g. '*-gala-0'")
+    one.add_argument("--steps", type=int, default=5, help="of each epoch that is begun again (default 5)")
+    commands.add_parser("probe")  # for `adopt`, which runs it with the old code and with the new
     commands.add_parser("check", help="check params.yaml")
     commands.add_parser("correct", help="correct anyone's logits, in files", add_help=False)
     return parser
@@ -136,6 +143,11 @@ def main() -> None:
         from longtail import correct  # a second: not for the other commands
 
         correct.main(rest)
+        return
+    if args.command == "probe":
+        from longtail import probe  # torch: seconds
+
+        probe.main()
         return
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -163,6 +175,14 @@ def main() -> None:
             wrong = verify.verify(".", params, chosen)
             print("\n".join(wrong) or f"as committed: {', '.join(chosen)}")
             sys.exit(1 if wrong else 0)
+        if args.command == "adopt":
+            from longtail import adopt, verify
+
+            params = schema.load()
+            if repro("-q", "-s", f"{SHARED}:check", f"{SHARED}:manifests"):
+                raise ValueError(f"the manifests could not be written; `dvc repro {SHARED}:manifests` says why")
+            chosen = args.plan or verify.with_results(".", params["plans"])
+            sys.exit(min(1, adopt.adopt(Path.cwd(), params, chosen, args.only, args.steps)))
         if args.command == "track":
             from longtail import tracking  # two seconds: not for the other commands
 

@@ -67,6 +67,11 @@ class Cell:
     seed: str
 
     @property
+    def name(self) -> str:
+        """<dataset>-<recipe>-<method>-<seed>."""
+        return f"{self.dataset}-{self.recipe}-{self.method}-{self.seed}"
+
+    @property
     def folder(self) -> str:
         """Its results, relative to the repository."""
         return f"results/{self.plan}/cells/{self.dataset}/{self.recipe}/{self.method}/{self.seed}"
@@ -83,8 +88,7 @@ class Cell:
 
     def address(self, kind: str) -> str:
         """One of its stages, as DVC addresses it."""
-        cell = f"{self.dataset}-{self.recipe}-{self.method}-{self.seed}"
-        return f"{pipeline.file(self.plan)}:{kind}-{self.plan}@{cell}"
+        return f"{pipeline.file(self.plan)}:{kind}-{self.plan}@{self.name}"
 
     def names(self) -> dict[str, str]:
         """Coordinates by name."""
@@ -134,11 +138,12 @@ def read_locks(root: Path) -> dict[str, dict[str, Any]]:
         raise TrackingError(f"{root / 'stages'}: no dvc.lock in it; run `dvc repro` before `longtail track`")
     stages: dict[str, dict[str, Any]] = {}
     for path in paths:
-        stages |= _read_lock(path)
+        stages |= read_lock(path)
     return stages
 
 
-def _read_lock(path: Path) -> dict[str, dict[str, Any]]:
+def read_lock(path: Path) -> dict[str, dict[str, Any]]:
+    """The stages of one lock file by name. Raises TrackingError when it is no lock of DVC's schema 2.0."""
     try:
         lock = yaml.load(path.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except yaml.YAMLError as error:
@@ -225,7 +230,7 @@ def _result(root: Path, cell: Cell, entries: Mapping[str, Mapping[str, Any]], su
         kind: [
             sorted(d for d in _files(entry, "deps") if not is_manifest(d[0])),
             sorted(_files(entry, "outs")),
-            _keys(entry),
+            keys(entry),
         ]
         for kind, entry in entries.items()
     }
@@ -258,7 +263,7 @@ def _result(root: Path, cell: Cell, entries: Mapping[str, Mapping[str, Any]], su
 
 def identity(entry: Mapping[str, Any]) -> str:
     """The fingerprint of a stage, from its entry in the lock: as longtail.stage has it while the stage runs."""
-    return fingerprint(entry["cmd"], _files(entry, "deps"), _keys(entry))
+    return fingerprint(entry["cmd"], _files(entry, "deps"), keys(entry))
 
 
 def adopted(root: Path, plan: str) -> dict[str, str]:
@@ -280,7 +285,7 @@ def _files(entry: Mapping[str, Any], which: str) -> list[tuple[str, str]]:
     return [(item["path"], str(item.get("md5"))) for item in entry.get(which, ())]
 
 
-def _keys(entry: Mapping[str, Any]) -> dict[str, Any]:
+def keys(entry: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters of a lock's entry as {key: value}, as a stage has them (there is one params file)."""
     return {key: value for values in entry.get("params", {}).values() for key, value in values.items()}
 
@@ -289,7 +294,7 @@ def _params(cell: Cell, entries: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     """Flat text parameters, without the names of the cell's blocks: recipe.epochs, not recipes.x.epochs."""
     shown = cell.names()
     for entry in entries:
-        for key, value in _keys(entry).items():
+        for key, value in keys(entry).items():
             for section, one in SECTIONS:
                 block = f"{section}.{getattr(cell, one)}"
                 if key == block or key.startswith(f"{block}."):

@@ -1,0 +1,155 @@
+"""Cells of other code: adopted where old and new code do the same with them, refused where one digit differs."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from longtail import adopt, probe
+from longtail import finished as locks
+from longtail.finished import Cell
+
+CE = "digits_if20-digits-ce-0"
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """A clone of what is committed, with the data set: no cell has run there."""
+    clone = tmp_path_factory.mktemp("adopt") / "clone"
+    subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
+    command = [sys.executable, "-m", "dvc", "repro", "-q", "stages/dvc.yaml:subsample@digits_if20"]
+    subprocess.run(command, cwd=clone, env=environment(clone), check=True)
+    return clone
+
+
+def environment(clone):
+    return {**os.environ, "PYTHONPATH": str(clone / "src"), "LONGTAIL_LIVE_AFTER": "off"}
+
+
+def said(clone, *words):
+    command = [sys.executable, "-m", "longtail.cli", *words]
+    done = subprocess.run(command, cwd=clone, env=environment(clone), capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout.splitlines() or done.stderr
+
+
+def edit(clone, name, old, new):
+    path = next((clone / "src").rglob(name))
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def lock(clone):
+    return (clone / "stages/quick/dvc.lock").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_renamed_local_variable_is_adopted_by_every_cell_and_a_changed_momentum_by_none(bare):
+    before = lock(bare)
+    edit(bare, "engine.py", "clock", "began")
+    code, lines = said(bare, "adopt", "quick")
+    plan = yaml.safe_load((bare / "params.yaml").read_text())["plans"]["quick"]
+    assert code == 0 and len(lines) == len(plan["methods"]) * len(plan["seeds"])
+    assert f"adopted  quick {CE}: train" in lines
+    after = lock(bare)
+    assert after != before
+    assert said(bare, "verify", "quick") == (0, ["as committed: quick"])
+    # the training that made the cell is still known
+    name = f"train-quick@{CE}"
+    now = locks.identity(locks.read_lock(bare / "stages/quick/dvc.lock")[name])
+    was = locks.identity(locks.read_lock(ROOT / "stages/quick/dvc.lock")[name])
+    known, earlier = locks.adopted(bare, "quick"), locks.adopted(ROOT, "quick")
+    assert now != was and locks.origin(now, known) == locks.origin(was, earlier)
+
+    subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x", "commit", "-qam", "x"], cwd=bare, check=True)
+    edit(bare, "optimizers.py", "(by_sgd, **settings,", '(by_sgd, **settings | {"momentum": 0.899},')
+    edit(bare, "metrics.py", "TOP = 5", "TOP = 4")
+    code, lines = said(bare, "adopt", "quick", "--only", "*-ce-*")
+    assert code == 1 and lines[0].startswith(f"refused  quick {CE}: epoch 1 in fp32, step 3: the loss was ")
+    was, now = lines[0].split("the loss was ")[1].split(" and is ")
+    assert was != now and was.split("[")[0] == now.split("[")[0]
+    assert len(lines) == 2 and lock(bare) == after
+
+
+def stale_cell(md5):
+    cell = Cell("quick", *CE.split("-"))
+    name = f"evaluate-quick@{CE}"
+    entry = {"cmd": "python stages/x.py", "deps": [{"path": "data/long_tail/x.npz", "md5": md5}]}
+    return adopt.Stale(cell, {name: entry}, {name: ("stages/code/evaluate.txt", md5)})
+
+
+def test_code_that_is_in_no_commit_and_data_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"no commit here has the code .*stages/code/evaluate.txt with MD5 ffff"):
+        adopt.commit_of(ROOT, stale_cell("f" * 32).changed)
+    made = r"`dvc repro stages/dvc\.yaml:subsample@x` makes it"
+    with pytest.raises(ValueError, match=rf"data/long_tail/x\.npz is not there as evaluate-quick@.* read it; {made}"):
+        adopt.job(tmp_path, stale_cell("f" * 32), 5)
+    (tmp_path / "data/long_tail").mkdir(parents=True)
+    (tmp_path / "data/long_tail/x.npz").write_bytes(b"x")
+    with pytest.raises(ValueError, match="is not there as"):
+        adopt.job(tmp_path, stale_cell("f" * 32), 5)
+    assert adopt.job(tmp_path, stale_cell(adopt.md5(b"x")), 5)["training"] is None
+
+
+def test_the_commit_is_the_latest_that_has_the_manifest():
+    path = "stages/code/evaluate.txt"
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    committed = subprocess.run(["git", "show", f"HEAD:{path}"], cwd=ROOT, capture_output=True, check=True).stdout
+    assert adopt.commit_of(ROOT, {"x": (path, adopt.md5(committed))}) == head.strip()
+
+
+def test_the_first_other_digit_is_shown():
+    was = {"epoch 1": {"losses": ["2.30", "2.3125"], "weights": "a"}}
+    now = {"epoch 1": {"losses": ["2.30", "2.3135"], "weights": "b"}}
+    assert adopt.difference(was, was) == ""
+    assert adopt.difference(was, now) == "epoch 1, step 2: the loss was 2.31[2]5 and is 2.31[3]5"
+    now["epoch 1"]["losses"] = was["epoch 1"]["losses"]
+    assert adopt.difference(was, now) == "epoch 1: the losses are the same, the weights after them are not"
+    assert "looked at epoch 1 and now at epoch 2" in adopt.difference(was, {"epoch 2": now["epoch 1"]})
+
+
+def test_files_that_one_of_them_does_not_write_are_a_difference():
+    assert adopt.other_bytes({"a": "1"}, {"a": "1"}) == ""
+    assert adopt.other_bytes({"a": "1", "b": "2"}, {"a": "1", "b": "3"}).endswith("b: other bytes")
+    assert adopt.other_bytes({"a": "1", "b": "2"}, {"a": "1"}).endswith("b: not written")
+    assert adopt.other_bytes({"a": "1"}, {"a": "1", "b": "2"}).endswith("b: not written before")
+
+
+RECIPES = yaml.safe_load((ROOT / "params.yaml").read_text())["recipes"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_shortened_recipe_has_all_changes_in_their_order(name):
+    recipe, short = RECIPES[name], probe.shortened(RECIPES[name])
+    assert short["epochs"] <= 6 and short.keys() == recipe.keys()
+
+    def order(one):
+        ends = [one["schedule"]["warmup_epochs"], *one["schedule"]["milestones"], *one["resolution"]["milestones"]]
+        return [sorted({0, *ends, one["epochs"]}).index(end) for end in (*ends, one["epochs"])]
+
+    assert order(short) == order(recipe)
+    assert short["optimizer"] == recipe["optimizer"] and short["network"] == recipe["network"]
+
+
+def test_epochs_of_change():
+    recipe = {
+        "epochs": 200,
+        "schedule": {"warmup_epochs": 5, "milestones": [160, 180]},
+        "resolution": {"milestones": [28]},
+    }
+    assert probe.epochs_of_change(recipe, {}) == [1, 6, 29, 161, 181, 200]
+    assert probe.epochs_of_change(recipe, {"deferred": 0.9}) == [1, 6, 29, 161, 181, 200]
+    assert probe.epochs_of_change(recipe, {"deferred": 0.5})[3] == 101
+    assert probe.epochs_of_change(recipe, {"deferred": 1})[-1] == 200
+
+
+def test_a_digest_is_of_every_tensor_and_not_of_names():
+    import torch
+
+    a, b = torch.arange(3.0), torch.tensor(2)
+    assert probe.digest({"x": a, "y": [b]}) == probe.digest({"z": (a,), "w": b})
+    assert probe.digest([a, b]) != probe.digest([b, a])
+    assert probe.digest([a]) != probe.digest([a.bfloat16()]) != probe.digest([a.view(3, 1)])
