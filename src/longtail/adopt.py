@@ -158,7 +158,8 @@ def commit_of(root: Path, changed: Mapping[str, tuple[str, str]]) -> str:
                 return commit
     path, was = next(iter(changed.values()))
     raise ValueError(
-        f"no commit here has the code that it is of ({path} with MD5 {was}); was it never committed, or is the history cut off?"
+        f"no commit here has the code that it is of ({path} with MD5 {was}): "
+        "was it never committed, or is the history cut off?"
     )
 
 
