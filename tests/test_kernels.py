@@ -78,23 +78,63 @@ def test_nan_stays_and_one_value_a_channel_is_refused():
         kernels.forward(torch.zeros(1, 16, 1, 1), None, norm_of(16))
 
 
+CONVOLUTIONS = [(5, 16, 32, 12), (40, 32, 16, 8), (2, 64, 64, 32), (3, 16, 16, 4)]
+of_convolutions = pytest.mark.parametrize(("images", "size_in", "size_out", "side"), CONVOLUTIONS)
+
+
+def gradients_of(gradient, x, weight, stride):
+    """Gradients of x and weight of a 3x3 convolution in double precision."""
+    wide = [tensor.double() for tensor in (gradient, x, weight)]
+    return torch.ops.aten.convolution_backward(
+        *wide, None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]
+    )[:2]
+
+
 @needs_compiler
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize(
-    ("images", "size_in", "size_out", "side"), [(5, 16, 32, 12), (40, 32, 16, 8), (2, 64, 64, 32), (3, 16, 16, 4)]
-)
-def test_weight_gradient(images, size_in, size_out, side, stride):
+@of_convolutions
+def test_gradients_of_a_convolution_are_exact_where_nothing_is_rounded(images, size_in, size_out, side, stride):
+    """Whole numbers up to 256 are bfloat16s: no processor, no kernel and no order of a sum may give another one."""
+    generator = torch.Generator().manual_seed(0)
+
+    def few_ones(*shape: int) -> torch.Tensor:
+        values = torch.randint(-1, 2, shape, generator=generator) * (torch.rand(shape, generator=generator) < 0.3)
+        return values.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+
+    x, weight = few_ones(images, size_in, side, side), few_ones(size_out, size_in, 3, 3)
+    gradient = few_ones(images, size_out, side // stride, side // stride)
+    assert max(most.max() for most in gradients_of(gradient.abs(), x.abs(), weight.abs(), stride)) <= 256
+    found = kernels.convolution_backward(gradient, x, weight, stride)
+    for mine, theirs in zip(found, gradients_of(gradient, x, weight, stride), strict=True):
+        assert torch.equal(mine.double(), theirs)
+
+
+@needs_compiler
+@pytest.mark.parametrize("stride", [1, 2])
+@of_convolutions
+def test_gradients_of_a_convolution_are_rounded_as_little_as_can_be(images, size_in, size_out, side, stride):
+    """A sum of n additions is off by n units of rounding of its terms' magnitudes at most, by sqrt(n) as a rule.
+
+    Our kernel adds every product in float32. PyTorch's convolutions add so too and round the sum to bfloat16, once;
+    where the processor has no AVX-512 they round it after each image, and the gradient of x after each of nine taps.
+    """
     (x,) = activations((images, size_in, side, side), torch.bfloat16, 1)
     (gradient,) = activations((images, size_out, side // stride, side // stride), torch.bfloat16, 1)
     (weight,) = activations((size_out, size_in, 3, 3), torch.bfloat16, 1)
     found = kernels.convolution_backward(gradient, x, weight, stride)
-    wide = [tensor.double() for tensor in (gradient, x, weight)]
-    expected = torch.ops.aten.convolution_backward(
-        *wide, None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]
-    )
-    own = hasattr(kernels.library(), "weight_gradient_bfloat16")  # in float32; PyTorch's is rounded to bfloat16
-    assert (found[1] - expected[1]).norm() < (2e-6 if own else 5e-3) * expected[1].norm()
-    assert (found[0] - expected[0]).norm() < 5e-3 * expected[0].norm()
+    expected = gradients_of(gradient, x, weight, stride)
+    magnitudes = gradients_of(gradient.abs(), x.abs(), weight.abs(), stride)
+    in_float32, in_bfloat16 = 2**-24, 2**-8  # half of the last digit, of the value
+    if hasattr(kernels.library(), "weight_gradient_bfloat16"):
+        additions, unit = images * (side // stride) ** 2, in_float32
+    else:
+        additions, unit = images, in_bfloat16
+    for mine, theirs, most, n, each in zip(
+        found, expected, magnitudes, (9, additions), (in_bfloat16, unit), strict=True
+    ):
+        error = mine - theirs
+        assert (error.abs() <= n * each * most).all()
+        assert error.norm() <= n**0.5 * each * most.norm()
 
 
 @needs_compiler
