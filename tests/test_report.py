@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from longtail import answers, differences, evaluation, files, outcomes, plots, report
 
@@ -204,9 +205,9 @@ def test_one_seed_has_no_deviation(cells):
     table = outcomes.rows(results, [])
     assert find(table, "ce")["accuracy_sd"] is None
     first, second = (answer.text for answer in answers.answers(results, table))
-    assert "10.0 points lower; 95 % interval 4.0 to 16.0 points, over test images alone" in first
+    assert "10.0 points lower; 95 % interval 4.0 to 16.0 points (p = 0.001), over test images alone" in first
     # 60 of 100 images against 50, the same ones: 10 differ; sqrt(.1 * .9 / 99) is 3.0 points
-    assert "The lead over Cross-entropy: 95 % interval 4.0 to 16.0 points, over test images alone" in second
+    assert "The lead over Cross-entropy: 95 % interval 4.0 to 16.0 points (p = 0.001), over test images alone" in second
     assert "settled for these networks, not for the methods." in second
 
 
@@ -288,7 +289,7 @@ def test_answer_names_the_winner_the_margin_and_what_is_not_settled(cells):
     assert "BalPoE (3 experts) has the highest accuracy: 63.0 ± 4.2 %, 11.0 points above" in said
     assert "Cross-entropy (52.0 ± 2.8 %); 2 seeds for each method" in said
     # variance over seeds 0.0013 with 2 degrees of freedom, over images 0.000736: 4.9 degrees, t = 2.59
-    assert "The lead over Cross-entropy: 95 % interval -0.7 to 22.7 points, over test images and seeds: not" in said
+    assert "95 % interval -0.7 to 22.7 points (p = 0.060), over test images and seeds: not settled" in said
     assert "change accuracy by +4.0 to +4.0 points" in said
 
 
@@ -313,16 +314,86 @@ def test_the_grid_says_what_a_method_and_what_a_recipe_buys(cells):
 
 
 @pytest.mark.parametrize(
-    ("value", "sd", "said"), [(0.60, 0.005, "agrees"), (0.50, 0.005, "higher"), (0.80, None, "lower")]
+    ("value", "sd", "said"),
+    [(0.60, 0.005, "agrees"), (0.10, 0.005, "higher"), (0.99, 0.005, "lower"), (0.99, None, "lower, these networks")],
 )
 def test_the_verdict_on_a_published_value(cells, tmp_path, value, sd, said):
-    """Ours is 63.0: standard error 1.0 over images, 4.2 over two seeds, so the limit is 1.96 * 3.2 = 6.2 points."""
-    known = outcomes.read_published(write_published(tmp_path, quoted(value=value, sd=sd, runs=5)))
-    row = find(table_of(cells, published=known), "balpoe")
-    assert report.verdict(row, None) == said
-    assert report.verdict(find(table_of(cells), "ce"), None) == "-"
-    text = report.markdown(outcomes.read("toy", PLAN, cells), known)
+    """Ours is 63.0: standard error 4.8 over 100 images, 2.5 over two seeds (two methods, df 2)."""
+    known = outcomes.read_published(write_published(tmp_path, quoted(value=value, sd=sd, runs=5 if sd else None)))
+    results = outcomes.read("toy", PLAN, cells)
+    table = outcomes.rows(results, known)
+    assert differences.to_published(results, find(table, "balpoe")).said("higher", "agrees", "lower") == said
+    assert differences.to_published(results, find(table, "ce")) is None
+    text = report.markdown(results, known)
     assert f"| {said} |" in text and "'Verdict': ours agrees" in text
+
+
+def test_the_interval_around_a_published_value_by_hand(cells, tmp_path):
+    """Terms over images, over our two seeds with the recipe's spread, and over their five runs."""
+    known = outcomes.read_published(write_published(tmp_path, quoted(value=0.5, sd=0.02, runs=5)))
+    results = outcomes.read("toy", PLAN, cells)
+    row = find(outcomes.rows(results, known), "balpoe")
+    right = [(int(i < 60) + int(i < 66)) / 2 - 0.5 for i in range(100)]
+    terms = [(np.var(right, ddof=1) / 100, 99), ((0.02**2 * 2 + 0.03**2 * 2) / 2 / 2, 2), (0.02**2 / 5, 4)]
+    variance = sum(term for term, _ in terms)
+    half = stats.t.ppf(0.975, variance**2 / sum(term**2 / df for term, df in terms)) * variance**0.5
+    found = differences.to_published(results, row)
+    assert (found.low, found.value, found.high, found.seeds) == pytest.approx((0.13 - half, 0.13, 0.13 + half, True))
+    alone = outcomes.read("toy", PLAN | {"seeds": [0]}, cells)
+    found = differences.to_published(alone, find(outcomes.rows(alone, known), "balpoe"))
+    assert not found.seeds  # one seed of ours: theirs widen the interval, but it claims no seeds
+
+
+def two_recipes(folder, seeds_of_long):
+    """A plan of the recipes plain (three seeds of two methods) and long (some seeds of one of them), and its table."""
+    gains = {0: 0.0, 1: 0.02, 2: 0.05}
+    for seed, gain in gains.items():
+        make_cell(folder / "toy_if10/plain/ce" / str(seed), 0.3 + gain)
+        make_cell(folder / "toy_if10/plain/balpoe" / str(seed), 0.4 + gain)
+    for seed in range(seeds_of_long):
+        make_cell(folder / "toy_if10/long/ce" / str(seed), 0.8 + gains[seed] / 2)
+    results = outcomes.read("toy", PLAN | {"recipes": ["plain", "long"], "seeds": [0, 1, 2]}, folder)
+    table = outcomes.rows(results, [])
+    long = next(row for row in table if (row["recipe"], row["method"], row["correction"]) == ("long", "ce", "raw"))
+    return results, table, long, find([row for row in table if row["recipe"] == "plain"], "balpoe")
+
+
+def test_one_seed_never_claims_seeds_whatever_other_recipes_have(tmp_path):
+    """What was false in results/paper-cifar100/table.md: the spread of another recipe stood for that of one seed."""
+    results, table, long, plain = two_recipes(tmp_path, 1)
+    assert not differences.compared(results, long, plain).seeds
+    whole = answers.answers(results, table)[0].text
+    assert "over test images alone, for one seed says nothing of other trainings: settled for these networks" in whole
+    assert "and seeds" not in whole
+
+
+def test_two_recipes_of_unequal_seeds_have_each_its_own_spread(tmp_path):
+    """The twin: two seeds of long, its one method; three of plain, pooled over its two methods."""
+    results, table, long, plain = two_recipes(tmp_path, 2)
+    found = differences.compared(results, long, plain)
+    d = [(int(i < 80) + int(i < 81)) / 2 - (int(i < 40) + int(i < 42) + int(i < 45)) / 3 for i in range(100)]
+    terms = [
+        (np.var(d, ddof=1) / 100, 99),
+        (np.var([0.8, 0.81], ddof=1) / 2, 1),
+        (np.var([0.0, 0.02, 0.05], ddof=1) / 3, 4),  # two methods with the same gains
+    ]
+    variance = sum(term for term, _ in terms)
+    half = stats.t.ppf(0.975, variance**2 / sum(term**2 / df for term, df in terms)) * variance**0.5
+    assert (found.low, found.high) == pytest.approx((np.mean(d) - half, np.mean(d) + half))
+    assert found.seeds and "over test images and seeds: settled" in answers.answers(results, table)[0].text
+
+
+def test_headline_and_table_have_the_same_verdict(tmp_path):
+    """Three methods behind the highest: Holm's p, not the interval alone, decides in both."""
+    plan = PLAN | {"methods": ["ce", "balpoe", "gala", "crt"], "seeds": [0]}
+    for method, accuracy in (("ce", 0.55), ("balpoe", 0.60), ("gala", 0.55), ("crt", 0.55)):
+        make_cell(tmp_path / "toy_if10/plain" / method / "0", accuracy)
+    results = outcomes.read("toy", plan, tmp_path)
+    table = outcomes.rows(results, [])
+    raw = [row for row in table if row["correction"] == "raw"]
+    second = differences.lines(results, raw, "toy_if10")[1]["to_best"]
+    assert second.high < 0 and not second.settled  # the interval excludes 0, three comparisons do not
+    assert ": not settled." in answers.answers(results, table)[1].text
 
 
 def test_best_row_is_bold_once_and_recipes_are_answered_apart(cells):

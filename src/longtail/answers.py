@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from longtail import differences
 from longtail.differences import BASELINE, points
-from longtail.outcomes import ALIGNED, CORRECTIONS, RAW, REBALANCED, Results, Row
+from longtail.outcomes import ALIGNED, CORRECTIONS, RAW, Results, Row
 
 METHODS = {
     "ce": "Cross-entropy",
@@ -59,16 +59,15 @@ def answers(results: Results, table: Sequence[Row]) -> list[Answer]:
 
 def winner(results: Results, dataset: str, table: Sequence[Row]) -> tuple[str, str]:
     """The highest accuracy over all recipes, methods and corrections, the next method, and how to see it again."""
-    ranked = sorted(
-        (row for row in table if row["n"] and row["correction"] != REBALANCED), key=lambda row: -row["accuracy_mean"]
-    )
-    first = ranked[0]
+    leaders: dict[str, Row] = {}  # the highest row of each method
+    for row in differences.ranked(table):
+        leaders.setdefault(row["method"], row)
+    first, *others = leaders.values()
     text = f"Highest on {dataset}: {described(first)}, {percent(first)} ({seeds_text([first])})."
-    second = next((row for row in ranked if row["method"] != first["method"]), None)
-    if second is not None:
-        lead = differences.compared(results, first, second, differences.spread_of(table))
+    if others:
+        second, lead = others[0], differences.behind(results, [first, *others])[0].swapped()
         text += f" The next method is {described(second)}, {percent(second)} ({seeds_text([second])}), "
-        text += f"{100 * lead.value:.1f} points lower; {sure_text(lead)}"
+        text += f"{100 * abs(lead.value):.1f} points lower; {sure_text(lead)}"
     return text, f"longtail run {results.plan_name} --only '{dataset}-{first['recipe']}-{first['method']}-*'"
 
 
@@ -79,18 +78,20 @@ def described(row: Row) -> str:
 
 
 def sure_text(lead: differences.Difference) -> str:
-    """How far a lead can be trusted: `95 % interval 0.3 to 2.1 points, over test images and seeds: settled.`"""
-    over = "test images and seeds" if lead.seeds else "test images alone, for one seed says nothing of other trainings"
-    settled = "settled" if lead.low > 0 else "not settled"
-    if lead.low > 0 and not lead.seeds:
-        settled = "settled for these networks, not for the methods"
-    return f"95 % interval {100 * lead.low:.1f} to {100 * lead.high:.1f} points, over {over}: {settled}."
+    """How far a lead can be trusted: `95 % interval 0.3 to 2.1 points (p = 0.012), over test images ...: settled.`"""
+    p = differences.probability(lead.p)
+    over = lead.over if lead.seeds else f"{lead.over}, for one seed says nothing of other trainings"
+    settled = "settled" if lead.seeds else "settled for these networks, not for the methods"
+    return (
+        f"95 % interval {100 * lead.low:.1f} to {100 * lead.high:.1f} points (p {p if p[0] == '<' else f'= {p}'}), "
+        f"over {over}: {settled if lead.settled else 'not settled'}."
+    )
 
 
 def answer(results: Results, dataset: str, recipe: str, table: Sequence[Row]) -> str:
     """The answer for one data set and recipe, in sentences."""
     raw = [row for row in table if row["correction"] == RAW and row["n"]]
-    ranked = sorted(raw, key=lambda row: -row["accuracy_mean"])  # stable: ties stay in the plan's order
+    ranked = differences.ranked(raw)
     where = f"On {dataset} with recipe {recipe}, "
     if not ranked:
         return f"{where}no run is in yet."
@@ -108,7 +109,7 @@ def answer(results: Results, dataset: str, recipe: str, table: Sequence[Row]) ->
         above = first["accuracy_mean"] - base["accuracy_mean"]
         text += f" and {100 * above:.1f} above {method_name(BASELINE)} ({percent(base)})"
     text += f"; {seeds_text(raw)} for each method."
-    sure = differences.compared(results, first, second, differences.spread_of(raw))
+    sure = differences.behind(results, ranked)[0].swapped()
     said = f"The lead over {method_name(second['method'])}: {sure_text(sure)}"
     parts = [said, *aligned_text(table, raw), *published_text(raw)]
     return " ".join([text, *parts])

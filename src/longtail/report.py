@@ -74,8 +74,9 @@ BEST_ON_TEST = (
 )
 LEADING = "Cross-entropy and the seven methods with the highest accuracy, raw, mean over recipes."
 VERDICT = (
-    "'Verdict': ours agrees with the published accuracy when it is within the 95 % interval of both (test images, our "
-    "seeds, their runs where known); the notes say where it is not like with like."
+    "'Verdict': ours agrees with the published accuracy when that is within the 95 % interval of the difference (test "
+    "images, our seeds where there are two or more, their runs where they are known; Student's t). 'These networks': "
+    "one seed of ours, or the spread of theirs is not known. The notes say where it is not like with like."
 )
 SAME_SUBSET = (
     "That spread is over training seeds only; 'How sure' below adds that over test images. All runs share one training "
@@ -117,21 +118,6 @@ def footnote(row: Row) -> str:
     return f"{method_name(row['method'])}{corrected}, recipe {row['recipe']}: {'; '.join(parts)}."
 
 
-def verdict(row: Row, pooled: differences.Spread | None) -> str:
-    """Ours against the published accuracy: `agrees` within the 95 % interval of both, else `higher` or `lower`.
-
-    The variance is that over test images, plus that over our seeds and over their runs, where it is known; with one
-    seed of ours, `pooled` is that of the recipe's other methods.
-    """
-    if row["difference"] is None:
-        return "-"
-    ours = row["accuracy_sd"] ** 2 if row["accuracy_sd"] is not None else pooled.variance if pooled else 0.0
-    theirs = (row["published_sd"] or 0.0) ** 2 / (row["published_runs"] or 1)
-    limit = 1.96 * (row["accuracy_se_images"] ** 2 + ours / row["n"] + theirs) ** 0.5
-    apart = row["difference"] / 100
-    return "agrees" if abs(apart) <= limit else "higher" if apart > 0 else "lower"
-
-
 def section(results: Results, table: Sequence[Row], published: Sequence[Row], dataset: str) -> Row:
     """All of one data set in text: `header`, `lines` (cells, bold, raw, anchor of the first cell), `notes` (letter,
     text), lists of sentences, and the other tables by name."""
@@ -145,7 +131,7 @@ def section(results: Results, table: Sequence[Row], published: Sequence[Row], da
         if row["published"] is not None:
             notes.append((letter(len(notes)), footnote(row)))
             quoted += f" ({notes[-1][0]})"
-        pooled = differences.spread_of([other for other in mine if other["recipe"] == row["recipe"]])
+        apart = differences.to_published(results, row)
         cells = [
             row["recipe"],
             method_name(row["method"]),
@@ -159,7 +145,7 @@ def section(results: Results, table: Sequence[Row], published: Sequence[Row], da
             spread(row["best_on_test_mean"], row["best_on_test_sd"]),
             quoted,
             "-" if row["difference"] is None else points(row["difference"] / 100),
-            verdict(row, pooled),
+            "-" if apart is None else apart.said("higher", "agrees", "lower"),
         ]
         bold = row in ranked and row["accuracy_mean"] == best
         first = next(((dataset, row["recipe"], row["method"], seed) for seed in row["seeds"]), None)
