@@ -9,7 +9,7 @@ S, T seeds; N test images. Values are fractions; percent and points are in text 
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy.special import stdtr, stdtrit
@@ -18,6 +18,8 @@ from longtail.outcomes import CORRECTIONS, RAW, REBALANCED, Results, Row
 
 CONFIDENCE = 0.95
 BASELINE = "ce"
+HEADER = ("Recipe", "Method", "Correction", "Seeds", "All", "Images", "Against cross-entropy", "Against the highest",
+          "p", "Verdict")  # fmt: skip
 READING = (
     "Differences in points, in brackets the 95 % interval. Two accuracies are compared image by image on the same test "
     "images, and by the spread over seeds, of each recipe its own, pooled over its methods (of two corrections of one "
@@ -153,46 +155,42 @@ def spread(results: Results, dataset: str, recipe: str) -> Spread | None:
 
 def over_seeds(results: Results, *rows: Row) -> list[Spread]:
     """What the seeds of rows of different networks add, for each recipe its own; none where a row has one seed."""
-    if any(row["n"] < 2 for row in rows):
+    if any(row.n < 2 for row in rows):
         return []
     seeds: dict[str, list[int]] = {}
     for row in rows:
-        seeds.setdefault(row["recipe"], []).append(row["n"])
-    own = {recipe: spread(results, rows[0]["dataset"], recipe) for recipe in seeds}
+        seeds.setdefault(row.recipe, []).append(row.n)
+    own = {recipe: spread(results, rows[0].dataset, recipe) for recipe in seeds}
     return [found.of_means(*seeds[recipe]) for recipe, found in own.items() if found]
 
 
 def compared(results: Results, a: Row, b: Row) -> Difference:
     """The difference of two rows of longtail.outcomes.rows, of one data set."""
     a_SN, b_TN = _right(results, a), _right(results, b)
-    same = all(a[key] == b[key] for key in ("recipe", "method"))
+    same = (a.recipe, a.method) == (b.recipe, b.method)
     return difference(a_SN, b_TN, of_corrections(a_SN, b_TN) if same else over_seeds(results, a, b))
 
 
 def to_published(results: Results, row: Row) -> Difference | None:
     """A row minus its published accuracy, with the spread of their runs where it is known; None where there is none."""
-    if not row["n"] or row["published"] is None:
+    if not row.n or row.published is None:
         return None
-    each_N = _right(results, row).mean(0) - row["published"]
+    each_N = _right(results, row).mean(0) - row.published.value
     ours, theirs = over_seeds(results, row), []
-    if row["published_sd"] is not None:
-        runs = int(row["published_runs"] or 2)  # a deviation takes two
-        theirs = [Spread(row["published_sd"] ** 2, runs - 1).of_means(runs)]
+    if row.published.sd is not None:
+        runs = int(row.published.runs or 2)  # a deviation takes two
+        theirs = [Spread(row.published.sd**2, runs - 1).of_means(runs)]
     return judged(float(each_N.mean()), [over_images(each_N), *ours, *theirs], seeds=bool(ours and theirs))
 
 
 def _right(results: Results, row: Row) -> np.ndarray:
-    keys = [(row["dataset"], row["recipe"], row["method"], seed) for seed in row["seeds"]]
-    return np.stack([results.cells[key].right[row["correction"]] for key in keys])
+    keys = [(row.dataset, row.recipe, row.method, seed) for seed in row.seeds]
+    return np.stack([results.cells[key].right[row.correction] for key in keys])
 
 
 def ranked(rows: Sequence[Row]) -> list[Row]:
     """The rows that can win, the highest first: those that need no test images; ties in their order."""
-    return sorted((row for row in rows if row["n"] and row["correction"] != REBALANCED), key=_by_accuracy)
-
-
-def _by_accuracy(row: Row) -> float:
-    return -row["accuracy_mean"]
+    return sorted((row for row in rows if row.n and row.correction != REBALANCED), key=lambda row: -row.accuracy)
 
 
 def behind(results: Results, rows: Sequence[Row]) -> list[Difference]:
@@ -201,19 +199,27 @@ def behind(results: Results, rows: Sequence[Row]) -> list[Difference]:
     return [one._replace(p=p) for one, p in zip(found, holm([one.p for one in found]), strict=True)]
 
 
-def lines(results: Results, table: Sequence[Row], dataset: str) -> list[Row]:
-    """For each recipe its rows, highest first: the row's own columns, and two differences.
+class Line(NamedTuple):
+    """A row of the table and how sure it is.
 
-    `to_best` is None in the first row; `to_baseline` is against the raw logits of cross-entropy with the same recipe,
-    None there and where it has not run.
+    `to_best` is to the highest of the recipe, None in that; `to_baseline` is to the raw logits of cross-entropy with
+    the same recipe, None there and where it has not run.
     """
+
+    row: Row
+    to_best: Difference | None
+    to_baseline: Difference | None
+
+
+def lines(results: Results, table: Sequence[Row]) -> list[Line]:
+    """Of the rows of a data set: for each recipe its rows, highest first."""
     found = []
-    for recipe in dict.fromkeys(row["recipe"] for row in table if row["dataset"] == dataset):
-        rows = ranked([row for row in table if (row["dataset"], row["recipe"]) == (dataset, recipe)])
-        baseline = next((row for row in rows if (row["method"], row["correction"]) == (BASELINE, RAW)), None)
+    for recipe in dict.fromkeys(row.recipe for row in table):
+        rows = ranked([row for row in table if row.recipe == recipe])
+        baseline = next((row for row in rows if (row.method, row.correction) == (BASELINE, RAW)), None)
         for row, to_best in zip(rows, [None, *behind(results, rows)], strict=False):
             bought = None if baseline is None or row is baseline else compared(results, row, baseline)
-            found.append(row | {"to_best": to_best, "to_baseline": bought})
+            found.append(Line(row, to_best, bought))
     return found
 
 
@@ -235,20 +241,14 @@ def probability(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.0995 else f"{p:.2f}"
 
 
-def texts(found: Sequence[Row], names: Mapping[str, str]) -> dict[str, list[Any]]:
-    """`header` and `lines` of text."""
-    header = ["Recipe", "Method", "Correction", "Seeds", "All", "Images", "Against cross-entropy",
-              "Against the highest", "p", "Verdict"]  # fmt: skip
-    return {
-        "header": header,
-        "lines": [
-            [
-                row["recipe"], names[row["method"]], CORRECTIONS[row["correction"]], str(row["n"]),
-                f"{100 * row['accuracy_mean']:.1f}", f"{100 * row['accuracy_se_images']:.1f}",
-                interval(row["to_baseline"]), interval(row["to_best"]),
-                *(("-", "highest") if row["to_best"] is None else
-                  (probability(row["to_best"].p), row["to_best"].said("ahead", "not settled", "behind"))),
-            ]
-            for row in found
-        ],
-    }  # fmt: skip
+def texts(found: Sequence[Line], names: Mapping[str, str]) -> list[list[str]]:
+    """Cells of text, with the columns HEADER."""
+    return [
+        [
+            row.recipe, names[row.method], CORRECTIONS[row.correction], str(row.n), f"{100 * row.accuracy:.1f}",
+            f"{100 * row.se_images['accuracy']:.1f}", interval(to_baseline), interval(to_best),
+            *(("-", "highest") if to_best is None else
+              (probability(to_best.p), to_best.said("ahead", "not settled", "behind"))),
+        ]
+        for row, to_best, to_baseline in found
+    ]  # fmt: skip
