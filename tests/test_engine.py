@@ -192,17 +192,35 @@ def test_a_loss_that_is_not_finite_keeps_the_checkpoint_before_it(tmp_path, monk
         fit(checkpoint=checkpoint)
 
 
-def test_on_a_gpu_losses_are_looked_at_every_few_steps(monkeypatch):
-    """The branch that spares a GPU the wait, taken on the CPU: the first bad step is still the one that is named."""
-    monkeypatch.setattr(engine, "LOOK_EVERY", 1000)
-    train, _ = splits()
-    training = new_training(train)
+@pytest.mark.parametrize(("every", "looks"), [(1000, [3]), (2, [2, "between", 3])])
+def test_on_a_gpu_losses_are_looked_at_every_few_steps(monkeypatch, every, looks):
+    """The branch that spares a GPU the wait, taken on the CPU; three steps, and a look at the epoch's end."""
+    monkeypatch.setattr(engine, "LOOK_EVERY", every)
+    training = new_training(splits()[0])
     training.device = torch.device("meta")  # no CPU; tensors are made elsewhere
-    looks = []
-    monkeypatch.setattr(engine.Training, "check_loss", lambda self: looks.append(self.batch))
+    seen = []
+    monkeypatch.setattr(engine.Training, "check_loss", lambda self: seen.append(self.batch))
     monkeypatch.setattr(engine.Training, "step", lambda self, batch: None)
-    training.finish_epoch(lambda: looks.append("checkpoint"))
-    assert looks == [3]  # at the epoch's end
+    training.finish_epoch(lambda: seen.append("between"))
+    assert seen == looks
+
+
+def test_a_late_look_names_the_first_bad_step(monkeypatch):
+    """Steps 2 and 3 are not finite; looked at is at the epoch's end alone."""
+    monkeypatch.setattr(engine, "LOOK_EVERY", 1000)
+    training = new_training(splits()[0])
+    step, device = engine.Training.step, training.device
+
+    def broken(self, batch):
+        self.device = device
+        step(self, batch._replace(images=batch.images * (torch.nan if self.batch else 1)))
+        self.device = torch.device("meta")
+
+    monkeypatch.setattr(engine.Training, "step", broken)
+    training.device = torch.device("meta")
+    with pytest.raises(FloatingPointError, match="not finite in epoch 1 of 3, step 2,"):
+        training.finish_epoch(lambda: None)
+    assert training.batch == 3
 
 
 def new_training(train: batches.Split, **changes) -> engine.Training:

@@ -58,7 +58,7 @@ def test_every_manifest_is_asked_for_and_there(stages):
     assert {name for name in named - asked if not name.startswith("train-")} == set()
 
 
-def test_every_cell_of_every_plan_has_its_four_stages_and_there_are_no_others(stages):
+def test_every_cell_of_every_plan_has_its_stages_and_there_are_no_others(stages):
     plans = PARAMS["plans"]
     expected = {
         "quick",
@@ -66,7 +66,6 @@ def test_every_cell_of_every_plan_has_its_four_stages_and_there_are_no_others(st
         *(f"stages/dvc.yaml:download@{source}" for source in PARAMS["sources"]),
         *(f"stages/dvc.yaml:subsample@{dataset}" for dataset in PARAMS["datasets"]),
         *(f"stages/{plan}/dvc.yaml:report-{plan}" for plan in plans),
-        *(f"stages/posthoc/dvc.yaml:compare-posthoc@{cell}" for cell in cli.cells(plans["posthoc"])),
         "stages/posthoc/dvc.yaml:readings-posthoc",
         *(
             address
@@ -371,7 +370,8 @@ def test_a_plan_of_ones_own_is_a_block_and_a_command(clone):
     clone.run(sys.executable, "-m", "longtail.cli", "run", "mine")
     assert "Cross-entropy" in (clone.root / "results/mine/table.md").read_text()
     assert {path: path.read_bytes() for path in locks} == locks  # of the other plans
-    assert "nothing of plan" not in clone.run(sys.executable, "-m", "longtail.cli", "track", "mine")
+    tracked = clone.run(sys.executable, "-m", "longtail.cli", "track", "mine")
+    assert "MLflow runs: 1 created, 0 finished, 0 unchanged" in tracked and "results/mine/table.md" in tracked
     shutil.rmtree(clone.root / "stages/mine")
     clone.restore()
     clone.repro()
@@ -388,19 +388,70 @@ def test_jobs_share_the_devices(monkeypatch):
     assert len(used) == len(cli.cells(PARAMS["plans"]["quick"])) and set(used) == {"cuda:0", "cuda:1"}
 
 
-def test_data_that_are_there_are_left_alone_and_a_failure_is_told(monkeypatch, capsys):
-    """DVC locks them while another `longtail run` trains on them."""
-    asked = []
-    changed = {"status": 0, "--wait-for-lock": 1}
+@pytest.fixture
+def asked(monkeypatch):
+    """What `longtail run` asks of dvc where the data are there and every cell succeeds; `asked.fails` is what fails."""
+
+    class Asked(list):
+        fails = ()
+
+        def __call__(self, *args, env=None):
+            self.append(args)
+            return int(any(args[-1].endswith(name) or args[0] == name for name in self.fails))
+
+        def made(self):
+            return [args[-1].rpartition(":")[2] for args in self if args[0] == "--wait-for-lock"]
+
+    found = Asked()
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(cli, "dvc", lambda *args, env=None: asked.append(args) or changed[args[0]])
+    monkeypatch.setattr(cli, "dvc", found)
     monkeypatch.setattr(cli, "run_cell", lambda names, env: True)
+    return found
+
+
+def test_data_that_are_there_are_left_alone_and_a_failure_is_told(asked, capsys):
+    """DVC locks them while another `longtail run` trains on them."""
     assert cli.run("quick", "*", 1) == 0
-    assert [args[0] for args in asked] == ["status", "--wait-for-lock"] and "report-quick" in asked[1][-1]
-    changed["status"] = 1
+    assert [args[0] for args in asked] == ["status", "--wait-for-lock"] and asked.made() == ["report-quick"]
+    assert "table: results/quick/table.md" in capsys.readouterr().out
+    asked.fails = ("status", "subsample@digits_if20")
     assert cli.run("quick", "*-ce-*", 1) == 2
     said = "failed: the data; `dvc repro stages/dvc.yaml:manifests stages/dvc.yaml:subsample@digits_if20` says why"
     assert said in capsys.readouterr().err
+
+
+def test_a_report_that_failed_is_a_failure(asked, capsys, monkeypatch):
+    asked.fails = ("report-quick",)
+    assert cli.run("quick", "*", 1) == 1
+    said = capsys.readouterr()
+    assert "table:" not in said.out
+    assert "failed: the report (its message is above; `dvc repro -s stages/quick/dvc.yaml:report-quick`" in said.err
+    monkeypatch.setattr(sys, "argv", ["longtail", "run", "quick"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 1
+
+
+def test_a_plan_with_readings_compares_its_cells_and_reads_them(asked, capsys):
+    cell = "cifar100_if100_held_out-fast-ce-1"
+    assert [address.rpartition(":")[2].partition("-")[0] for address in cli.stages(PARAMS, "posthoc", cell)] == [
+        "train", "predict", "align", "evaluate", "compare",
+    ]  # fmt: skip
+    assert not any("compare" in address for address in cli.stages(PARAMS, "quick", "digits_if20-digits-ce-0"))
+    assert cli.run("posthoc", "*", 1) == 0
+    assert asked.made() == ["readings-posthoc", "report-posthoc"]
+    asked.fails = ("readings-posthoc",)
+    assert cli.run("posthoc", "*", 1) == 1
+    said = capsys.readouterr()
+    assert "failed: the readings" in said.err and "table: results/posthoc/table.md" in said.out
+
+
+def test_readings_wait_for_the_last_cell(asked, capsys, monkeypatch):
+    plans = {**PARAMS["plans"], "posthoc": {**PARAMS["plans"]["posthoc"], "seeds": [1, 2, 99]}}
+    monkeypatch.setattr(cli.schema, "load", lambda: PARAMS | {"plans": plans})
+    assert cli.run("posthoc", "*-1", 1) == 0
+    assert asked.made() == ["report-posthoc"]
+    assert "readings: not yet, 2 of 6 cells are still to come" in capsys.readouterr().out
 
 
 def test_a_plan_without_stages_is_named(monkeypatch):

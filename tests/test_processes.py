@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from small_training import RECIPE, split, train
+from small_training import split, train
 from torch import nn
 
 from longtail import engine, processes
@@ -138,13 +138,23 @@ def test_launch_starts_torchrun(monkeypatch):
 
 
 def test_evaluation_of_shares_neither_drops_nor_repeats(monkeypatch):
-    """Three ranks of 48 images, one after the other: their counts add up to one process's."""
-    seen = []
-    monkeypatch.setattr(engine.inference, "logits", lambda network, part, **_: torch.eye(3)[part.labels][None])
+    """Three ranks of 48 images, one after the other: their counts are one process's, each image is seen once."""
+    whole, images, seen = split(), [], []
+
+    def logits(network, part, **_):  # right where an image is dark for its class
+        images.extend(image.numpy().tobytes() for image in part.images)
+        wrong = part.images.float().mean((1, 2, 3)) > 30 + 60 * part.labels
+        return torch.eye(3)[(part.labels + wrong) % 3][None]
+
+    monkeypatch.setattr(engine.inference, "logits", logits)
     monkeypatch.setattr(processes, "add_up", lambda counts: seen.append(counts.clone()) or counts)
+    alone = engine.class_accuracy(None, whole, precision="fp32")
+    one, everything = seen.pop(), sorted(images)
+    assert 0.2 < alone < 0.8 and len(everything) == 48
+    images.clear()
     monkeypatch.setattr(processes, "world", lambda: 3)
     for rank in range(3):
         monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
-        engine.class_accuracy(None, split(), precision="fp32")
-    assert torch.equal(sum(counts[1] for counts in seen), torch.bincount(split().labels))
-    assert RECIPE["epochs"] == 4
+        engine.class_accuracy(None, whole, precision="fp32")
+    assert torch.equal(sum(seen), one) and torch.equal(one[1], torch.bincount(whole.labels))
+    assert sorted(images) == everything

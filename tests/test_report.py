@@ -4,11 +4,13 @@ import base64
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from longtail import answers, differences, evaluation, files, outcomes, plots, report
 
@@ -117,8 +119,18 @@ def table_of(cells, plan=PLAN, published=()):
 
 
 def find(table, method, correction="raw"):
-    (row,) = [row for row in table if (row["method"], row["correction"]) == (method, correction)]
+    (row,) = [row for row in table if (row.method, row.correction) == (method, correction)]
     return row
+
+
+def markdown_of(results, published):
+    return report.markdown(report.build(results, published))
+
+
+def page_of(results, published):
+    found = report.build(results, published)
+    pictures = {part.dataset: report.figures(results, found.table, part.dataset) for part in found.sections}
+    return report.html(found, pictures)
 
 
 def written(cells, published, out, plan=PLAN):
@@ -131,36 +143,36 @@ def written(cells, published, out, plan=PLAN):
 
 def test_rows_have_the_means_and_sample_deviations_of_the_seeds(cells):
     table = table_of(cells)
-    assert [(row["method"], row["correction"]) for row in table] == [
+    assert [(row.method, row.correction) for row in table] == [
         (method, correction)
         for method in ("ce", "balpoe")
         for correction in ("raw", "aligned_on_train", "aligned_on_held_out")
     ]
     row = find(table, "ce")
-    assert (row["n"], row["planned"], row["seeds"]) == (2, 2, [0, 1])
-    assert row["accuracy_mean"] == pytest.approx(0.52)
-    assert row["accuracy_sd"] == pytest.approx(0.02 * 2**0.5)  # |0.54 - 0.50| / sqrt 2
-    assert row["few_mean"] == pytest.approx(0.42)
-    assert row["balanced_error_mean"] == pytest.approx(0.48)
-    assert row["best_on_held_out_mean"] == pytest.approx(0.51)
-    assert (row["medium_mean"], row["medium_sd"]) == (None, None)  # a group without classes
-    assert find(table, "ce", "aligned_on_train")["accuracy_mean"] == pytest.approx(0.54)
-    assert find(table, "ce", "aligned_on_held_out")["accuracy_mean"] == pytest.approx(0.56)
+    assert (row.n, row.planned, row.seeds) == (2, 2, [0, 1])
+    assert row.accuracy == pytest.approx(0.52)
+    assert row.measures["accuracy"].sd == pytest.approx(0.02 * 2**0.5)  # |0.54 - 0.50| / sqrt 2
+    assert row.measures["few"].mean == pytest.approx(0.42)
+    assert row.measures["balanced_error"].mean == pytest.approx(0.48)
+    assert row.best_on_held_out.mean == pytest.approx(0.51)
+    assert (row.measures["medium"].mean, row.measures["medium"].sd) == (None, None)  # a group without classes
+    assert find(table, "ce", "aligned_on_train").accuracy == pytest.approx(0.54)
+    assert find(table, "ce", "aligned_on_held_out").accuracy == pytest.approx(0.56)
 
 
 def test_best_on_test_is_shown_beside_the_last_epoch_and_called_optimistic(cells):
-    table = report.markdown(outcomes.read("toy", PLAN, cells), [])
+    table = markdown_of(outcomes.read("toy", PLAN, cells), [])
     assert "Best on test" not in table and "Published" not in table  # columns with nothing in them are left out
     make_cell(cells / "toy_if10/plain/ce/0", 0.50, test_accuracy=[0.4, 0.58, 0.50])
     make_cell(cells / "toy_if10/plain/ce/1", 0.54, test_accuracy=[None, 0.56, 0.54])
     row = find(table_of(cells), "ce")
-    assert row["accuracy_mean"] == pytest.approx(0.52)
-    assert row["best_on_test_mean"] == pytest.approx(0.57)
-    assert find(table_of(cells), "ce", "aligned_on_train")["best_on_test_mean"] is None
+    assert row.accuracy == pytest.approx(0.52)
+    assert row.best_on_test.mean == pytest.approx(0.57)
+    assert find(table_of(cells), "ce", "aligned_on_train").best_on_test.mean is None
     make_cell(cells / "toy_if10/plain/ce/1", 0.57, test_accuracy=[None, 0.53, 0.56])  # bf16 in training, fp32 after
-    assert find(table_of(cells), "ce")["best_on_test_mean"] == pytest.approx((0.58 + 0.57) / 2)
+    assert find(table_of(cells), "ce").best_on_test.mean == pytest.approx((0.58 + 0.57) / 2)
     make_cell(cells / "toy_if10/plain/ce/1", 0.54, test_accuracy=[None, 0.56, 0.54])
-    table = report.markdown(outcomes.read("toy", PLAN, cells), [])
+    table = markdown_of(outcomes.read("toy", PLAN, cells), [])
     lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")]
     assert lines[2][1] == "Cross-entropy"
     assert lines[2][lines[0].index("Best on test")] == "57.0 ± 1.4"
@@ -172,9 +184,9 @@ def test_rebalancing_stands_beside_its_published_value_and_never_in_bold(cells, 
         make_cell(cells / "toy_if10/plain" / method / str(seed), accuracy, more={"rebalanced_on_test": 0.1})
     known = outcomes.read_published(published)
     row = find(table_of(cells, published=known), "balpoe", "rebalanced_on_test")
-    assert (row["accuracy_mean"], row["published"]) == (pytest.approx(0.73), 0.61)
-    assert row["flags"] == ["transductive: uses all test images at once"]
-    table = report.markdown(outcomes.read("toy", PLAN, cells), known)
+    assert (row.accuracy, row.published.value) == (pytest.approx(0.73), 0.61)
+    assert row.published.flags == ["transductive: uses all test images at once"]
+    table = markdown_of(outcomes.read("toy", PLAN, cells), known)
     assert "**67.0" in table and "**73.0" not in table  # aligned on held-out; re-balanced on test
     assert "re-balanced on test (transductive) | 2 | 73.0 ± 4.2" in table
     assert "with prediction rebalancing" not in table  # it is in the table itself
@@ -189,12 +201,12 @@ def test_other_test_distributions_stand_beside_what_was_published(cells, tmp_pat
     ]
     known = outcomes.read_published(write_published(tmp_path, *theirs))
     results = outcomes.read("toy", PLAN, cells)
-    table = report.markdown(results, known)
+    table = markdown_of(results, known)
     assert "| Recipe | Method | Test prior | forward5 | uniform | backward5 |" in table
     assert "| plain | BalPoE (3 experts) | prior unknown | 63.0 ± 4.2 | 53.0 ± 4.2 | 43.0 ± 4.2 (45.0) |" in table
     assert "| plain | BalPoE (3 experts) | prior known | 63.0 ± 4.2 | 63.0 ± 4.2 | 63.0 ± 4.2 (50.0) |" in table
     assert "backward5 45.0" not in table  # not among 'also published' as well
-    page = Page(report.html(results, known))
+    page = Page(page_of(results, known))
     assert "prior known" in page.words
     assert any("from forward5 to backward5: Cross-entropy 52.0 to 32.0 %" in image["alt"] for image in page.images)
 
@@ -202,11 +214,11 @@ def test_other_test_distributions_stand_beside_what_was_published(cells, tmp_pat
 def test_one_seed_has_no_deviation(cells):
     results = outcomes.read("toy", PLAN | {"seeds": [0]}, cells)
     table = outcomes.rows(results, [])
-    assert find(table, "ce")["accuracy_sd"] is None
+    assert find(table, "ce").measures["accuracy"].sd is None
     first, second = (answer.text for answer in answers.answers(results, table))
-    assert "10.0 points lower; 95 % interval 4.0 to 16.0 points, over test images alone" in first
+    assert "10.0 points lower; 95 % interval 4.0 to 16.0 points (p = 0.001), over test images alone" in first
     # 60 of 100 images against 50, the same ones: 10 differ; sqrt(.1 * .9 / 99) is 3.0 points
-    assert "The lead over Cross-entropy: 95 % interval 4.0 to 16.0 points, over test images alone" in second
+    assert "The lead over Cross-entropy: 95 % interval 4.0 to 16.0 points (p = 0.001), over test images alone" in second
     assert "settled for these networks, not for the methods." in second
 
 
@@ -214,8 +226,8 @@ def test_only_the_plan_is_read(cells):
     make_cell(cells / "toy_if10/plain/dead/0", 0.99)
     (cells / "toy_if10/plain/dead/0/metrics.json").write_text("not even JSON")
     make_cell(cells / "toy_if10/plain/ce/7", 0.99)
-    assert find(table_of(cells), "ce")["accuracy_mean"] == pytest.approx(0.52)
-    assert [row["method"] for row in table_of(cells, PLAN | {"methods": ["balpoe"]})] == ["balpoe"] * 3
+    assert find(table_of(cells), "ce").accuracy == pytest.approx(0.52)
+    assert [row.method for row in table_of(cells, PLAN | {"methods": ["balpoe"]})] == ["balpoe"] * 3
 
 
 def test_without_held_out_images(tmp_path):
@@ -223,26 +235,26 @@ def test_without_held_out_images(tmp_path):
         for method in PLAN["methods"]:
             make_cell(tmp_path / "toy_if10/plain" / method / str(seed), 0.5, held_out=False)
     table = table_of(tmp_path)
-    assert [row["correction"] for row in table] == ["raw", "aligned_on_train"] * 2
-    assert table[0]["best_on_held_out_n"] == 0 and table[0]["best_on_held_out_mean"] is None
+    assert [row.correction for row in table] == ["raw", "aligned_on_train"] * 2
+    assert table[0].best_on_held_out.mean is None
     results = outcomes.read("toy", PLAN, tmp_path)
     assert {row["aligned_on"] for row in outcomes.classes(results)} == {"train"}
     assert {row["held_out_accuracy"] for row in outcomes.curves(results)} == {None}
     assert not any("held-out" in answer.text for answer in answers.answers(results, table))
-    assert report.html(results, [])
+    assert page_of(results, [])
 
 
 def test_published_value_stands_beside_raw_rows_only(cells, published):
     table = table_of(cells, published=outcomes.read_published(published))
     row = find(table, "balpoe")
-    assert row["published"] == 0.6 and row["published_sd"] == 0.005
-    assert row["difference"] == pytest.approx(3.0)  # points: 63 - 60
-    assert [flag.split(":")[0] for flag in row["flags"]] == [
+    assert (row.published.value, row.published.sd) == (0.6, 0.005)
+    assert row.difference == pytest.approx(0.63 - 0.6)
+    assert [flag.split(":")[0] for flag in row.published.flags] == [
         "optimistic",
         "recipe differs from ours or is not known",
     ]
     for other in (find(table, "ce"), find(table, "balpoe", "aligned_on_train")):
-        assert other["published"] is None and other["difference"] is None and other["flags"] == []
+        assert other.published is None and other.difference is None
 
 
 def test_curves_and_classes_are_tidy(cells):
@@ -288,7 +300,7 @@ def test_answer_names_the_winner_the_margin_and_what_is_not_settled(cells):
     assert "BalPoE (3 experts) has the highest accuracy: 63.0 ± 4.2 %, 11.0 points above" in said
     assert "Cross-entropy (52.0 ± 2.8 %); 2 seeds for each method" in said
     # variance over seeds 0.0013 with 2 degrees of freedom, over images 0.000736: 4.9 degrees, t = 2.59
-    assert "The lead over Cross-entropy: 95 % interval -0.7 to 22.7 points, over test images and seeds: not" in said
+    assert "95 % interval -0.7 to 22.7 points (p = 0.060), over test images and seeds: not settled" in said
     assert "change accuracy by +4.0 to +4.0 points" in said
 
 
@@ -297,7 +309,7 @@ def test_a_lead_beyond_images_and_seeds_is_settled(tmp_path):
         for method, accuracy in (("ce", 0.3), ("balpoe", 0.6)):
             make_cell(tmp_path / "toy_if10/plain" / method / str(seed), accuracy + 0.01 * seed)
     assert all(": settled." in text for text in answer_of(tmp_path))
-    text = report.markdown(outcomes.read("toy", PLAN, tmp_path), [])
+    text = markdown_of(outcomes.read("toy", PLAN, tmp_path), [])
     assert "| plain | BalPoE (3 experts) | none | 2 | 60.5 | 1.0 | +30.0 (" in text
     assert "| plain | Cross-entropy | none | 2 | 30.5 | 1.0 | - | -30.0 (" in text and "| < 0.001 | behind |" in text
 
@@ -305,24 +317,94 @@ def test_a_lead_beyond_images_and_seeds_is_settled(tmp_path):
 def test_the_grid_says_what_a_method_and_what_a_recipe_buys(cells):
     make_cell(cells / "toy_if10/long/ce/0", 0.7)
     results = outcomes.read("toy", PLAN | {"recipes": ["plain", "long", "never"]}, cells)
-    text = report.markdown(results, [])
+    text = markdown_of(results, [])
     assert "| Method | plain | Method buys | long | Method buys | Recipe buys |" in text
     assert "| Cross-entropy | 52.0 ± 2.8 | - | 70.0 | - | +18.0 |" in text
     assert "| BalPoE (3 experts) | 63.0 ± 4.2 | +11.0 | - | - | - |" in text
-    assert "Method buys" not in report.markdown(outcomes.read("toy", PLAN, cells), [])
+    assert "Method buys" not in markdown_of(outcomes.read("toy", PLAN, cells), [])
 
 
 @pytest.mark.parametrize(
-    ("value", "sd", "said"), [(0.60, 0.005, "agrees"), (0.50, 0.005, "higher"), (0.80, None, "lower")]
+    ("value", "sd", "said"),
+    [(0.60, 0.005, "agrees"), (0.10, 0.005, "higher"), (0.99, 0.005, "lower"), (0.99, None, "lower, these networks")],
 )
 def test_the_verdict_on_a_published_value(cells, tmp_path, value, sd, said):
-    """Ours is 63.0: standard error 1.0 over images, 4.2 over two seeds, so the limit is 1.96 * 3.2 = 6.2 points."""
-    known = outcomes.read_published(write_published(tmp_path, quoted(value=value, sd=sd, runs=5)))
-    row = find(table_of(cells, published=known), "balpoe")
-    assert report.verdict(row, None) == said
-    assert report.verdict(find(table_of(cells), "ce"), None) == "-"
-    text = report.markdown(outcomes.read("toy", PLAN, cells), known)
+    """Ours is 63.0: standard error 4.8 over 100 images, 2.5 over two seeds (two methods, df 2)."""
+    known = outcomes.read_published(write_published(tmp_path, quoted(value=value, sd=sd, runs=5 if sd else None)))
+    results = outcomes.read("toy", PLAN, cells)
+    table = outcomes.rows(results, known)
+    assert differences.to_published(results, find(table, "balpoe")).said("higher", "agrees", "lower") == said
+    assert differences.to_published(results, find(table, "ce")) is None
+    text = markdown_of(results, known)
     assert f"| {said} |" in text and "'Verdict': ours agrees" in text
+
+
+def test_the_interval_around_a_published_value_by_hand(cells, tmp_path):
+    """Terms over images, over our two seeds with the recipe's spread, and over their five runs."""
+    known = outcomes.read_published(write_published(tmp_path, quoted(value=0.5, sd=0.02, runs=5)))
+    results = outcomes.read("toy", PLAN, cells)
+    row = find(outcomes.rows(results, known), "balpoe")
+    right = [(int(i < 60) + int(i < 66)) / 2 - 0.5 for i in range(100)]
+    terms = [(np.var(right, ddof=1) / 100, 99), ((0.02**2 * 2 + 0.03**2 * 2) / 2 / 2, 2), (0.02**2 / 5, 4)]
+    variance = sum(term for term, _ in terms)
+    half = stats.t.ppf(0.975, variance**2 / sum(term**2 / df for term, df in terms)) * variance**0.5
+    found = differences.to_published(results, row)
+    assert (found.low, found.value, found.high, found.seeds) == pytest.approx((0.13 - half, 0.13, 0.13 + half, True))
+    alone = outcomes.read("toy", PLAN | {"seeds": [0]}, cells)
+    found = differences.to_published(alone, find(outcomes.rows(alone, known), "balpoe"))
+    assert not found.seeds  # one seed of ours: theirs widen the interval, but it claims no seeds
+
+
+def two_recipes(folder, seeds_of_long):
+    """A plan of the recipes plain (three seeds of two methods) and long (some seeds of one of them), and its table."""
+    gains = {0: 0.0, 1: 0.02, 2: 0.05}
+    for seed, gain in gains.items():
+        make_cell(folder / "toy_if10/plain/ce" / str(seed), 0.3 + gain)
+        make_cell(folder / "toy_if10/plain/balpoe" / str(seed), 0.4 + gain)
+    for seed in range(seeds_of_long):
+        make_cell(folder / "toy_if10/long/ce" / str(seed), 0.8 + gains[seed] / 2)
+    results = outcomes.read("toy", PLAN | {"recipes": ["plain", "long"], "seeds": [0, 1, 2]}, folder)
+    table = outcomes.rows(results, [])
+    long = next(row for row in table if (row.recipe, row.method, row.correction) == ("long", "ce", "raw"))
+    return results, table, long, find([row for row in table if row.recipe == "plain"], "balpoe")
+
+
+def test_one_seed_never_claims_seeds_whatever_other_recipes_have(tmp_path):
+    """What was false in results/paper-cifar100/table.md: the spread of another recipe stood for that of one seed."""
+    results, table, long, plain = two_recipes(tmp_path, 1)
+    assert not differences.compared(results, long, plain).seeds
+    whole = answers.answers(results, table)[0].text
+    assert "over test images alone, for one seed says nothing of other trainings: settled for these networks" in whole
+    assert "and seeds" not in whole
+
+
+def test_two_recipes_of_unequal_seeds_have_each_its_own_spread(tmp_path):
+    """The twin: two seeds of long, its one method; three of plain, pooled over its two methods."""
+    results, table, long, plain = two_recipes(tmp_path, 2)
+    found = differences.compared(results, long, plain)
+    d = [(int(i < 80) + int(i < 81)) / 2 - (int(i < 40) + int(i < 42) + int(i < 45)) / 3 for i in range(100)]
+    terms = [
+        (np.var(d, ddof=1) / 100, 99),
+        (np.var([0.8, 0.81], ddof=1) / 2, 1),
+        (np.var([0.0, 0.02, 0.05], ddof=1) / 3, 4),  # two methods with the same gains
+    ]
+    variance = sum(term for term, _ in terms)
+    half = stats.t.ppf(0.975, variance**2 / sum(term**2 / df for term, df in terms)) * variance**0.5
+    assert (found.low, found.high) == pytest.approx((np.mean(d) - half, np.mean(d) + half))
+    assert found.seeds and "over test images and seeds: settled" in answers.answers(results, table)[0].text
+
+
+def test_headline_and_table_have_the_same_verdict(tmp_path):
+    """Three methods behind the highest: Holm's p, not the interval alone, decides in both."""
+    plan = PLAN | {"methods": ["ce", "balpoe", "gala", "crt"], "seeds": [0]}
+    for method, accuracy in (("ce", 0.55), ("balpoe", 0.60), ("gala", 0.55), ("crt", 0.55)):
+        make_cell(tmp_path / "toy_if10/plain" / method / "0", accuracy)
+    results = outcomes.read("toy", plan, tmp_path)
+    table = outcomes.rows(results, [])
+    raw = [row for row in table if row.correction == "raw"]
+    second = differences.lines(results, raw)[1].to_best
+    assert second.high < 0 and not second.settled  # the interval excludes 0, three comparisons do not
+    assert ": not settled." in answers.answers(results, table)[1].text
 
 
 def test_best_row_is_bold_once_and_recipes_are_answered_apart(cells):
@@ -330,14 +412,14 @@ def test_best_row_is_bold_once_and_recipes_are_answered_apart(cells):
         make_cell(cells / "toy_if10/long/ce" / str(seed), 0.7 + 0.01 * seed)
         make_cell(cells / "toy_if10/long/balpoe" / str(seed), 0.8 + 0.01 * seed)
     results = outcomes.read("toy", PLAN | {"recipes": ["plain", "long"]}, cells)
-    text = report.markdown(results, [])
+    text = markdown_of(results, [])
     assert re.findall(r"\*\*(.+?)\*\*", text) == ["84.5 ± 0.7"]
     assert text.count("has the highest accuracy") == 2 and text.count("Highest on toy_if10: BalPoE") == 1
 
 
 def test_markdown_row(cells, published):
     results = outcomes.read("toy", PLAN, cells)
-    text = report.markdown(results, outcomes.read_published(published))
+    text = markdown_of(results, outcomes.read_published(published))
     assert (
         "| plain | BalPoE (3 experts) | none | 2 | 63.0 ± 4.2 | 73.0 ± 4.2 | - | 53.0 ± 4.2 "
         "| 1.500 ± 0.000 | 5.0 ± 0.0 | 62.0 ± 4.2 | 60.0 ± 0.5 (a) | +3.0 | agrees |"
@@ -368,15 +450,15 @@ def test_missing_cells_are_listed_and_do_not_stop_the_report(cells, published, t
         ("toy_if10", "plain", "gala", 1),
     ]
     table = outcomes.rows(results, [])
-    assert find(table, "ce")["n"] == 1 and find(table, "gala")["n"] == 0
-    text = report.markdown(results, [])
+    assert find(table, "ce").n == 1 and find(table, "gala").n == 0
+    text = markdown_of(results, [])
     assert "| plain | Cross-entropy | none | 1 of 2 | 50.0 |" in text
     assert "| GALA" not in text  # a row of dashes says nothing, unless there is a published value to reach
     assert "- Not run yet, recipe plain: Cross-entropy seed 1; GALA (released form) seeds 0, 1." in text
     known = outcomes.read_published(published)
-    asked = [row for row in known if row["method"] == "balpoe"]
+    asked = [row for row in known if row.method == "balpoe"]
     assert asked
-    text = report.markdown(results, [{**row, "method": "gala"} for row in asked])
+    text = markdown_of(results, [replace(row, method="gala") for row in asked])
     assert "| plain | GALA (released form) | none | 0 of 2 | not run yet | - |" in text
     assert "gala" not in outcomes.summary(table)["toy_if10"]["plain"]
     page = written(cells, published, tmp_path / "out", plan)["report.html"].decode()
@@ -385,9 +467,9 @@ def test_missing_cells_are_listed_and_do_not_stop_the_report(cells, published, t
 
 def test_a_data_set_without_any_run_is_shown_as_such(cells):
     results = outcomes.read("toy", PLAN | {"datasets": ["toy_if10", "other"]}, cells)
-    text = report.markdown(results, [])
+    text = markdown_of(results, [])
     assert "On other with recipe plain, no run is in yet." in text
-    assert report.html(results, [])
+    assert page_of(results, [])
 
 
 def test_no_cell_at_all_is_an_error(tmp_path):
@@ -497,16 +579,15 @@ def test_a_number_published_twice_is_refused(tmp_path):
 
 
 def test_our_published_rows_are_readable_and_flagged():
-    known = {tuple(row[c] for c in outcomes.PUBLISHED[:6]): row
-             for row in outcomes.read_published(ROOT / "data/published.csv")}  # fmt: skip
+    known = {row.key: row for row in outcomes.read_published(ROOT / "data/published.csv")}
     gala = known["cifar100_if100", "gala", "gala", "none", "accuracy", "all"]
-    assert gala["value"] == 0.521 and gala["optimistic"] and gala["same_recipe"]
+    assert gala.value == 0.521 and gala.optimistic and gala.same_recipe
     balpoe = known["cifar100_if100", "balpoe", "balpoe", "none", "accuracy", "all"]
-    assert (balpoe["value"], balpoe["sd"], balpoe["optimistic"]) == (0.52, 0.005, False)
-    assert all(row["source"] for row in known.values())
-    assert all(row["note"] for row in known.values() if not row["same_recipe"])
-    rebalanced = [row for row in known.values() if row["correction"] == "prediction_rebalancing"]
-    assert rebalanced and all(row["transductive"] for row in rebalanced)
+    assert (balpoe.value, balpoe.sd, balpoe.optimistic) == (0.52, 0.005, False)
+    assert all(row.source for row in known.values())
+    assert all(row.note for row in known.values() if not row.same_recipe)
+    rebalanced = [row for row in known.values() if row.correction == "prediction_rebalancing"]
+    assert rebalanced and all(row.transductive for row in rebalanced)
 
 
 # ---------------------------------------------------------------------------------------------- the page
@@ -570,7 +651,7 @@ def test_training_time_is_drawn_where_it_is_known(cells, published, tmp_path):
         ("toy_if10", "plain", "ce", 1): {"minutes": 10, "memory_mib": None},
         ("toy_if10", "plain", "balpoe", 0): {"minutes": 1, "memory_mib": 900.5},
     }
-    page = Page(report.html(results, outcomes.read_published(published)))
+    page = Page(page_of(results, outcomes.read_published(published)))
     assert [image["alt"] for image in page.images[-2:]] == [
         "What training time buys: Cross-entropy, recipe plain, 10 min 54.0 %; BalPoE (3 experts), recipe plain, 1 min "
         "60.0 %.",
@@ -598,10 +679,10 @@ def test_names_are_escaped(cells, tmp_path):
     for seed in plan["seeds"]:
         make_cell(cells / "toy_if10/plain/<i>x<" / "i> & |y" / str(seed), 0.6)
     results = outcomes.read("<u>toy", plan, cells)
-    page = report.html(results, [])
+    page = page_of(results, [])
     assert "<b>dog" not in page and "<i>x" not in page and "<u>toy" not in page
     assert "&lt;i&gt;x&lt;/i&gt; &amp; |y" in page
-    assert "<i>x</i> & \\|y" in report.markdown(results, [])
+    assert "<i>x</i> & \\|y" in markdown_of(results, [])
 
 
 def test_two_runs_write_the_same_bytes(cells, published, tmp_path):
@@ -613,12 +694,22 @@ def test_two_runs_write_the_same_bytes(cells, published, tmp_path):
     assert all(first[name] != third[name] for name in first if name != "classes.csv")
 
 
+def test_what_is_said_is_computed_once_and_written_twice(cells, published, tmp_path, monkeypatch):
+    asked = []
+    for name in ("rows", "answers"):
+        real = getattr(report, name)
+        monkeypatch.setattr(report, name, lambda *args, n=name, real=real: asked.append(n) or real(*args))
+    found = written(cells, published, tmp_path / "out")
+    assert asked == ["rows", "answers"]
+    assert all("has the highest accuracy" in found[name].decode() for name in ("table.md", "report.html"))
+
+
 def test_many_classes_are_summed_up(tmp_path):
     names = [f"class {i}" for i in range(60)]
     for seed in PLAN["seeds"]:
         for method in PLAN["methods"]:
             make_cell(tmp_path / "toy_if10/plain" / method / str(seed), 0.5, names=names)
-    page = report.html(outcomes.read("toy", PLAN, tmp_path), [])
+    page = page_of(outcomes.read("toy", PLAN, tmp_path), [])
     assert "lines join the means of 10 groups of classes" in page
 
 
@@ -660,7 +751,7 @@ def test_gradient_ratios_are_drawn_where_they_were_recorded_and_of_those_that_tr
         f"Gradient ratio by epoch, {name}, recipe plain: at the last epoch 0.35 for the classes with fewest images "
         "and 1 for those with most." for name in ("Cross-entropy", "BalPoE (3 experts)")
     ]  # fmt: skip
-    page = Page(report.html(results, []))
+    page = Page(page_of(results, []))
     assert [image["alt"] for image in page.images[-2:]] == [figure.alt for figure in drawn]
     second_stage = outcomes.read("toy", PLAN | {"trained": ["ce"], "refit": ["balpoe"]}, cells)
     drawn = report.figures(second_stage, outcomes.rows(second_stage, []), "toy_if10")
@@ -675,7 +766,7 @@ def test_pictures_of_many_methods_show_the_leading_ones(tmp_path):
         make_cell(tmp_path / "toy_if10/plain" / method / "0", 0.3 + 0.04 * i)
     results = outcomes.read("toy", plan, tmp_path)
     table = outcomes.rows(results, [])
-    leading = plots.leading(table, "ce")
+    leading = plots.leading([report.drawn_line(row) for row in table], "ce")
     assert leading == ["ce", *(f"m{i}" for i in range(3, 10))]
     drawn = report.figures(results, table, "toy_if10")
     for group in ("Calibration and energies", "Shift", "Training"):

@@ -13,13 +13,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from longtail import files, live, tracking
-from longtail.finished import MEASURES, TrackingError
+from longtail import files, live, outcomes, tracking
+from longtail.evaluation import pack
+from longtail.finished import TrackingError
 from longtail.live import Live, fingerprint
 from longtail.outcomes import CELL_FILES
 from longtail.tracking import sync, track
@@ -80,11 +82,25 @@ def add_cell(
             metrics["best_on_held_out"] = {"epoch": 3, **last}
     files.write_csv(root / results / "history.csv", rows, COLUMNS)
     files.write_json(root / results / "metrics.json", metrics)
-    files.write_csv(root / results / "classes.csv", [{"class": 0, "raw": accuracy}], ["class", "raw"])
-    for name in ("distributions.csv", "reliability.csv", "right.csv"):
-        files.write_csv(
-            root / results / name, [{"correction": "raw", "accuracy": accuracy}], ["correction", "accuracy"]
-        )
+    corrections = [key for key in metrics.get("last", {}) if key in outcomes.CORRECTIONS]
+    energies = {f"energy_{when}_train": 0.0 for when in ("before", "after")}
+    rows_of = {
+        "classes.csv": [
+            {"class": 0, "name": "zero", "train_images": 9, **dict.fromkeys(corrections, accuracy), **energies}
+        ],
+        "distributions.csv": [
+            dict.fromkeys(outcomes.DISTRIBUTIONS, 0.1) | {"distribution": "uniform", "images": 8, "correction": key}
+            for key in corrections
+        ],
+        "reliability.csv": [
+            dict.fromkeys(outcomes.RELIABILITY, accuracy) | {"images": 8, "correction": key} for key in corrections
+        ],
+        "right.csv": [
+            {"correction": key, "images": 8, "right": pack(np.arange(8) < round(8 * accuracy))} for key in corrections
+        ],
+    }
+    for name, lines in rows_of.items():
+        files.write_csv(root / results / name, lines, list(lines[0]) if lines else ["correction"])
 
     path = root / "stages" / plan / "dvc.lock"
     lock: dict[str, Any] = {"schema": "2.0", "stages": {}}
@@ -113,10 +129,11 @@ def add_cell(
     return fingerprint(f"python stages/train.py --method {method} --seed {seed}", [data], params)
 
 
-def measures(accuracy: float) -> dict[str, float | None]:
+def measures(accuracy: float) -> dict[str, Any]:
     """A block of metrics.json; no class is medium."""
-    some = {"accuracy": accuracy, "many": 0.9, "medium": None, "few": 0.25}
-    return dict.fromkeys(MEASURES, 0.5) | some | {"balanced_error": 1 - accuracy, "nll": 1.5, "ece": 0.05}
+    some = {"accuracy": accuracy, "many": 0.9, "medium": None, "few": 0.25, "balanced_error": 1 - accuracy}
+    some |= {"nll": 1.5, "ece": 0.05, "standard_error": dict.fromkeys(outcomes.RESAMPLED, 0.01)}
+    return dict.fromkeys(outcomes.MEASURES, 0.5) | some
 
 
 def md5(path: Path) -> str:
@@ -170,6 +187,13 @@ def train_live(root: Path, training: str, epochs: range, **values: float) -> Non
     with Live(cell(), training, shown(), root=root) as curves:
         for epoch in epochs:
             curves.log(epoch, {"loss": 2 / epoch, "lr": 0.1 / epoch, "held_out_accuracy": None, **values})
+
+
+def test_the_cells_here_are_such_as_the_report_reads(root: Path) -> None:
+    add_cell(root, "balpoe", accuracy=0.4, held_out=False)
+    for method, accuracy in (("ce", 0.5), ("gala", 0.75), ("balpoe", 0.4)):
+        read = outcomes.read_cell(root / f"results/quick/cells/digits_if20/digits/{method}/0")
+        assert read is not None and read.last["raw"]["accuracy"] == accuracy and read.right["raw"].shape == (8,)
 
 
 # --- sync ------------------------------------------------------------------------------------------------

@@ -34,10 +34,14 @@ def repro(*args: str, env: dict[str, str] | None = None) -> int:
 
 
 def stages(params: dict[str, Any], plan: str, cell: str) -> list[str]:
-    """A cell's stages as DVC addresses them, in their order; which is the first depends on what its method is."""
+    """A cell's stages as DVC addresses them, in their order; which is the first depends on what its method is.
+
+    The last is `evaluate`, or `compare` in a plan with readings.
+    """
     method = cell.split("-")[2]
     first = MAKERS[schema.kind(method, params["methods"][method])[0]]
-    return [f"{pipeline.file(plan)}:{stage}-{plan}@{cell}" for stage in (first, *STAGES[1:])]
+    names = [first, *STAGES[1:], *(["compare"] if params["plans"][plan].get("readings") else [])]
+    return [f"{pipeline.file(plan)}:{stage}-{plan}@{cell}" for stage in names]
 
 
 def run_cell(addresses: list[str], env: dict[str, str]) -> bool:
@@ -46,7 +50,7 @@ def run_cell(addresses: list[str], env: dict[str, str]) -> bool:
 
 
 def run(plan: str, only: str, jobs: int) -> int:
-    """Run a plan's cells, `jobs` side by side, then its report. Returns the number of cells that failed.
+    """Run a plan's cells, `jobs` side by side, then its readings and report. Returns how many of all these failed.
 
     Cells that start from others' networks come after all those that are trained. Several devices in LONGTAIL_DEVICE
     (cuda:0,cuda:1) are shared by the jobs.
@@ -87,20 +91,45 @@ def run(plan: str, only: str, jobs: int) -> int:
     with ThreadPoolExecutor(jobs) as pool:
         for wave in (trained, [cell for cell in chosen if cell not in trained]):
             failed += [cell for cell, ok in zip(wave, list(pool.map(with_device, wave)), strict=True) if not ok]
-    if len(failed) < len(chosen):
-        repro("-q", "-s", f"{pipeline.file(plan)}:report-{plan}")  # -s: cells that were not chosen stay as they are
-        print(f"table: results/{plan}/table.md\npage:  results/{plan}/report.html")
     for cell in failed:
-        again = f"dvc repro {steps[cell][-1]}"
+        again = f"dvc repro {' '.join(steps[cell][3:])}"
         print(f"failed: {cell} (the stage's message is above; `{again}` shows DVC's own as well)", file=sys.stderr)
-    return len(failed)
+    if len(failed) == len(chosen):
+        return len(failed)
+    return len(failed) + sum_up(plan, plans[plan])
+
+
+def sum_up(plan: str, axes: dict[str, Any]) -> int:
+    """Make a plan's readings, where it has them and all its cells have run, and its report; returns how many failed.
+
+    What is made is printed, and what failed or is still to come is said. Cells that were not chosen stay as they are.
+    """
+    made = {"report": f"table: results/{plan}/table.md\npage:  results/{plan}/report.html"}
+    if axes.get("readings"):
+        folders = [Path("results", plan, "cells", *cell.split("-")) for cell in cells(axes)]
+        absent = sum(not (folder / "corrections.csv").is_file() for folder in folders)
+        if absent:
+            print(f"readings: not yet, {absent} of {len(folders)} cells are still to come")
+        else:
+            made = {"readings": f"readings: results/{plan}/readings.md", **made}
+    failed = 0
+    for stage, text in made.items():
+        address = f"{pipeline.file(plan)}:{stage}-{plan}"
+        if repro("-q", "-s", address):
+            failed += 1
+            print(
+                f"failed: the {stage} (its message is above; `dvc repro -s {address}` shows it again)", file=sys.stderr
+            )
+        else:
+            print(text)
+    return failed
 
 
 def arguments() -> argparse.ArgumentParser:
     """The commands and their flags."""
     parser = argparse.ArgumentParser(prog="longtail", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("run", help="run a plan's cells side by side on this machine, then its report")
+    one = commands.add_parser("run", help="run a plan's cells side by side, then its readings and report")
     one.add_argument("plan", help="a name under `plans` in params.yaml")
     one.add_argument("--jobs", type=int, default=1, help="cells at a time (default 1, with all cores)")
     one.add_argument("--only", default="*", help="pattern of <dataset>-<recipe>-<method>-<seed>, e.g. '*-gala-0'")

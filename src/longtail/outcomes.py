@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -43,11 +43,96 @@ HISTORY = ("epoch", "lr", "loss", "train_accuracy", "held_out_accuracy", "test_a
 CELL_FILES = ("metrics.json", "classes.csv", "history.csv", "distributions.csv", "reliability.csv", "right.csv")
 RELIABILITY = ("correction", "low", "high", "images", "confidence", "accuracy")
 DISTRIBUTIONS = ("distribution", "images", "correction", "accuracy", "accuracy_sd", "known_prior", "known_prior_sd")
+RESERVATIONS = {
+    "optimistic": "optimistic: epoch chosen on the test set",
+    "transductive": "transductive: uses all test images at once",
+}
 PUBLISHED = ("dataset", "recipe", "method", "correction", "measure", "group", "value", "sd", "runs",
              "optimistic", "transductive", "same_recipe", "source", "note")  # fmt: skip
 
-Row = dict[str, Any]
+Record = dict[str, Any]  # of a file, or for a picture: column -> value
 Key = tuple[str, str, str, int]  # dataset, recipe, method, seed
+
+
+class Mean(NamedTuple):
+    """Over seeds: mean and sample standard deviation (ddof 1); None where there is no value, or no second one."""
+
+    mean: float | None
+    sd: float | None
+
+
+@dataclass(frozen=True)
+class Published:
+    """A number that somebody published, as a fraction, with what to hold against it: a row of data/published.csv."""
+
+    dataset: str
+    recipe: str
+    method: str
+    correction: str
+    measure: str
+    group: str
+    value: float
+    sd: float | None
+    runs: float | None
+    optimistic: bool
+    transductive: bool
+    same_recipe: bool
+    source: str
+    note: str
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What it is about: no two are about the same."""
+        return tuple(getattr(self, column) for column in PUBLISHED[:6])
+
+    @property
+    def flags(self) -> list[str]:
+        """Its reservations, in words."""
+        found = [words for name, words in RESERVATIONS.items() if getattr(self, name)]
+        return found + ([] if self.same_recipe else ["recipe differs from ours or is not known"])
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: a method with a recipe and a correction, over the seeds that have run, at the last epoch.
+
+    Attributes:
+        planned: how many seeds the plan has.
+        accuracies: of each of the `seeds`.
+        measures: each of MEASURES over those.
+        se_images: for RESAMPLED, the standard error over test images of one network (mean over seeds).
+        best_on_held_out: the accuracy at the epoch that was best on held-out images.
+        best_on_test: of raw rows, the highest test accuracy in the history: optimistic.
+        published: that accuracy of all classes, in rows whose correction was published.
+    """
+
+    dataset: str
+    recipe: str
+    method: str
+    correction: str
+    planned: int
+    seeds: list[int]
+    accuracies: list[float]
+    measures: Mapping[str, Mean]
+    se_images: Mapping[str, float]
+    best_on_held_out: Mean
+    best_on_test: Mean
+    published: Published | None
+
+    @property
+    def n(self) -> int:
+        """How many seeds have run; 0 only in a method's one raw row, where nothing of it has run."""
+        return len(self.seeds)
+
+    @property
+    def accuracy(self) -> float:
+        """Mean over seeds; StatisticsError where none has run."""
+        return statistics.fmean(self.accuracies)
+
+    @property
+    def difference(self) -> float | None:
+        """Ours minus published; None where one of them is not there."""
+        return self.accuracy - self.published.value if self.n and self.published else None
 
 
 @dataclass(frozen=True)
@@ -56,10 +141,10 @@ class Cell:
 
     last: Mapping[str, Any]
     best: Mapping[str, Any] | None
-    classes: list[Row]
-    history: list[Row]
-    distributions: list[Row]
-    reliability: list[Row]
+    classes: list[Record]
+    history: list[Record]
+    distributions: list[Record]
+    reliability: list[Record]
     right: Mapping[str, np.ndarray]  # correction -> (N,), which test images are recognised
 
 
@@ -75,7 +160,7 @@ class Results:
     plan: Mapping[str, Any]
     cells: Mapping[Key, Cell]
     missing: list[Key]
-    cost: Mapping[Key, Row]
+    cost: Mapping[Key, Record]
 
     def groups(self) -> Iterator[tuple[tuple[str, str, str], dict[int, Cell]]]:
         """Each (dataset, recipe, method) of the plan with its finished cells by seed."""
@@ -117,8 +202,8 @@ def read_measures(block: Any, where: str) -> Mapping[str, Any]:
     return block
 
 
-def read_table(path: Path, needed: Sequence[str], limits: Mapping[str, float]) -> list[Row]:
-    """Rows of a CSV file; columns in `limits` become numbers from 0 to the limit, empty ones None.
+def read_table(path: Path, needed: Sequence[str], limits: Mapping[str, float]) -> list[Record]:
+    """Records of a CSV file; columns in `limits` become numbers from 0 to the limit, empty ones None.
 
     Raises ValueError naming the file and the column when a needed column is missing, the file has no row or
     a number is none.
@@ -219,7 +304,7 @@ def read(plan_name: str, plan: Mapping[str, Any], cells_dir: str | Path, times: 
     return Results(plan_name, plan, cells, missing, cost)
 
 
-def read_cost(path: Path) -> dict[Key, Row]:
+def read_cost(path: Path) -> dict[Key, Record]:
     """{minutes, memory_mib} by cell, out of benchmarks/results/time_to_accuracy.csv; ValueError as of `read_table`."""
     limits = {"seconds": math.inf, "memory_mib": math.inf}
     return {
@@ -240,80 +325,63 @@ def class_list(cell: Cell) -> list[tuple[Any, ...]]:
     return [(row["class"], row["name"], row["train_images"]) for row in cell.classes]
 
 
-def read_published(path: str | Path) -> list[Row]:
-    """Published numbers, as fractions, with their flags as booleans.
+def read_published(path: str | Path) -> list[Published]:
+    """The rows of data/published.csv.
 
     Raises ValueError naming the file and the row for a missing column, a number or a flag that is none, and
     for two rows about the same thing.
     """
-    rows = read_table(Path(path), PUBLISHED, {"value": 1.0, "sd": 1.0, "runs": math.inf})
-    seen: set[tuple[str, ...]] = set()
-    for i, row in enumerate(rows, 1):
+    found: dict[tuple[str, ...], Published] = {}
+    for i, row in enumerate(read_table(Path(path), PUBLISHED, {"value": 1.0, "sd": 1.0, "runs": math.inf}), 1):
         if row["value"] is None:
             raise ValueError(f"{path}: row {i}, value: empty")
         for flag in ("optimistic", "transductive", "same_recipe"):
             if row[flag] not in ("true", "false"):
                 raise ValueError(f"{path}: row {i}, {flag}: {row[flag]!r}, but allowed is true, false")
             row[flag] = row[flag] == "true"
-        key = tuple(row[column] for column in PUBLISHED[:6])
-        if key in seen:
-            raise ValueError(f"{path}: row {i}: a second row for {', '.join(key)}")
-        seen.add(key)
-    return rows
+        one = Published(**{column: row[column] for column in PUBLISHED})
+        if one.key in found:
+            raise ValueError(f"{path}: row {i}: a second row for {', '.join(one.key)}")
+        found[one.key] = one
+    return list(found.values())
 
 
-def mean_and_sd(values: Iterable[float | None]) -> tuple[float | None, float | None]:
-    """Mean and sample standard deviation (ddof 1); None where there is no value, or no second one."""
+def mean_and_sd(values: Iterable[float | None]) -> Mean:
+    """Of the values that are there."""
     known = [value for value in values if value is not None]
-    return (
-        statistics.fmean(known) if known else None,
-        statistics.stdev(known) if len(known) > 1 else None,
-    )
+    return Mean(statistics.fmean(known) if known else None, statistics.stdev(known) if len(known) > 1 else None)
 
 
-def rows(results: Results, published: Sequence[Row]) -> list[Row]:
-    """One row for each dataset x recipe x method x correction of the plan, in its order.
-
-    `<measure>_mean` and `<measure>_sd` are over the `n` seeds that have run, at the last epoch;
-    `best_on_held_out_mean` and `_sd` are the accuracy at the epoch that was best on held-out images.
-    `<measure>_se_images`, for RESAMPLED, is the standard error over test images of one network (mean over seeds).
-    `best_on_test_mean` and `_sd`, of raw rows, are the highest test accuracy in the history: optimistic.
-    `accuracies` has the accuracy of each of the `seeds`. `published` (accuracy, all classes) stands in rows
-    whose correction was published, `difference` is ours minus published in points, `flags` are its reservations.
-    A method of which nothing has run has one raw row with n = 0.
-    """
-    known = {tuple(row[column] for column in PUBLISHED[:6]): row for row in published}
+def rows(results: Results, published: Sequence[Published]) -> list[Row]:
+    """One row for each dataset x recipe x method x correction of the plan, in its order."""
+    known = {one.key: one for one in published}
     table = []
     for (dataset, recipe, method), cells in results.groups():
         for correction in CORRECTIONS:
             seeds = [seed for seed, cell in cells.items() if correction in cell.last]
             if not seeds and correction != RAW:
                 continue
-            row: Row = {
-                "plan": results.plan_name,
-                "dataset": dataset,
-                "recipe": recipe,
-                "method": method,
-                "correction": correction,
-                "n": len(seeds),
-                "planned": len(results.plan["seeds"]),
-                "seeds": seeds,
-                "accuracies": [cells[seed].last[correction]["accuracy"] for seed in seeds],
-            }
-            for measure in MEASURES:
-                values = [cells[seed].last[correction][measure] for seed in seeds]
-                row[f"{measure}_mean"], row[f"{measure}_sd"] = mean_and_sd(values)
-            for measure in RESAMPLED:
-                errors = [cells[seed].last[correction]["standard_error"][measure] for seed in seeds]
-                row[f"{measure}_se_images"] = mean_and_sd(errors)[0]
+            last = [cells[seed].last[correction] for seed in seeds]
             bests = [best[correction]["accuracy"] for seed in seeds
                      if (best := cells[seed].best) is not None and correction in best]  # fmt: skip
-            row["best_on_held_out_n"] = len(bests)
-            row["best_on_held_out_mean"], row["best_on_held_out_sd"] = mean_and_sd(bests)
             looks = [best_on_test(cells[seed]) for seed in seeds] if correction == RAW else []
-            row["best_on_test_mean"], row["best_on_test_sd"] = mean_and_sd(looks)
-            quoted = known.get((dataset, recipe, method, IN_PUBLISHED.get(correction), "accuracy", "all"))
-            table.append(row | compare(row, quoted))
+            about = (dataset, recipe, method, IN_PUBLISHED.get(correction, ""), "accuracy", "all")
+            table.append(
+                Row(
+                    *(dataset, recipe, method, correction),
+                    planned=len(results.plan["seeds"]),
+                    seeds=seeds,
+                    accuracies=[measured["accuracy"] for measured in last],
+                    measures={name: mean_and_sd(measured[name] for measured in last) for name in MEASURES},
+                    se_images={
+                        name: statistics.fmean(measured["standard_error"][name] for measured in last)
+                        for name in (RESAMPLED if seeds else ())
+                    },
+                    best_on_held_out=mean_and_sd(bests),
+                    best_on_test=mean_and_sd(looks),
+                    published=known.get(about),
+                )
+            )
     return table
 
 
@@ -326,33 +394,6 @@ def best_on_test(cell: Cell) -> float | None:
     return max(*looks, cell.last[RAW]["accuracy"]) if looks else None
 
 
-def compare(row: Row, quoted: Row | None) -> Row:
-    """The published columns of a row."""
-    if quoted is None:
-        names = ("published", "published_sd", "published_runs", "difference", "source", "note")
-        return dict.fromkeys(names) | {"flags": []}
-    mean = row["accuracy_mean"]
-    return {
-        "published": quoted["value"],
-        "published_sd": quoted["sd"],
-        "published_runs": quoted["runs"],
-        "difference": None if mean is None else 100 * (mean - quoted["value"]),
-        "flags": flags(quoted),
-        "source": quoted["source"],
-        "note": quoted["note"],
-    }
-
-
-def flags(quoted: Row) -> list[str]:
-    """Reservations about a published number, in words."""
-    said = {
-        "optimistic": "optimistic: epoch chosen on the test set",
-        "transductive": "transductive: uses all test images at once",
-    }
-    found = [words for key, words in said.items() if quoted[key]]
-    return found + ([] if quoted["same_recipe"] else ["recipe differs from ours or is not known"])
-
-
 def summary(table: Sequence[Row]) -> dict[str, Any]:
     """{dataset: {recipe: {method: {accuracy, aligned}}}}: the means that `dvc exp show` should show.
 
@@ -360,17 +401,17 @@ def summary(table: Sequence[Row]) -> dict[str, Any]:
     """
     tree: dict[str, Any] = {}
     for row in table:
-        if not row["n"] or row["correction"] not in (RAW, *ALIGNED):
+        if not row.n or row.correction not in (RAW, *ALIGNED):
             continue
-        methods = tree.setdefault(row["dataset"], {}).setdefault(row["recipe"], {})
-        if row["correction"] == RAW:
-            methods[row["method"]] = {"accuracy": row["accuracy_mean"]}
+        methods = tree.setdefault(row.dataset, {}).setdefault(row.recipe, {})
+        if row.correction == RAW:
+            methods[row.method] = {"accuracy": row.accuracy}
         else:  # held-out comes after train and replaces it
-            methods[row["method"]]["aligned"] = row["accuracy_mean"]
+            methods[row.method]["aligned"] = row.accuracy
     return tree
 
 
-def curves(results: Results) -> list[Row]:
+def curves(results: Results) -> list[Record]:
     """One row for each cell and epoch, with the columns CURVES."""
     names = ("dataset", "recipe", "method", "seed")
     return [
@@ -380,7 +421,7 @@ def curves(results: Results) -> list[Row]:
     ]
 
 
-def gradients(results: Results) -> list[Row]:
+def gradients(results: Results) -> list[Record]:
     """Gradient ratios (longtail.engine) where they were recorded: {dataset, recipe, method, epoch, class, train_images,
     ratio}, geometric means over seeds."""
     table = []
@@ -401,7 +442,7 @@ def gradients(results: Results) -> list[Row]:
     return table
 
 
-def classes(results: Results) -> list[Row]:
+def classes(results: Results) -> list[Record]:
     """One row for each dataset x recipe x method x class, with the columns CLASSES: means over seeds.
 
     `aligned` is on held-out images where every seed has them, else on training images: see `aligned_on`. Energies
@@ -437,17 +478,17 @@ def classes(results: Results) -> list[Row]:
     return table
 
 
-def _centred(rows: Sequence[Row], column: str) -> np.ndarray:
+def _centred(rows: Sequence[Record], column: str) -> np.ndarray:
     """A column of numbers minus its mean."""
     values = np.array([float(row[column]) for row in rows])
     return values - values.mean()
 
 
-def reliability(results: Results, correction: str = RAW) -> list[Row]:
+def reliability(results: Results, correction: str = RAW) -> list[Record]:
     """One row for each dataset x recipe x method x bin of confidence: the bins of all seeds together."""
     table = []
     for (dataset, recipe, method), cells in results.groups():
-        bins: dict[float, list[Row]] = {}
+        bins: dict[float, list[Record]] = {}
         for cell in cells.values():
             for row in cell.reliability:
                 if row["correction"] == correction:

@@ -4,13 +4,14 @@ Percent and points are in text only; the numbers behind it, and what they mean, 
 """
 
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 
 from longtail import differences, files, plots, under_shift
-from longtail.answers import answers, method_name, spread
+from longtail.answers import Answer, answers, method_name, spread
 from longtail.differences import BASELINE, points
 from longtail.outcomes import (
     ADJUSTED,
@@ -24,11 +25,12 @@ from longtail.outcomes import (
     RAW,
     REBALANCED,
     Key,
+    Published,
+    Record,
     Results,
     Row,
     classes,
     curves,
-    flags,
     gradients,
     read,
     read_published,
@@ -74,8 +76,9 @@ BEST_ON_TEST = (
 )
 LEADING = "Cross-entropy and the seven methods with the highest accuracy, raw, mean over recipes."
 VERDICT = (
-    "'Verdict': ours agrees with the published accuracy when it is within the 95 % interval of both (test images, our "
-    "seeds, their runs where known); the notes say where it is not like with like."
+    "'Verdict': ours agrees with the published accuracy when that is within the 95 % interval of the difference (test "
+    "images, our seeds where there are two or more, their runs where they are known; Student's t). 'These networks': "
+    "one seed of ours, or the spread of theirs is not known. The notes say where it is not like with like."
 )
 SAME_SUBSET = (
     "That spread is over training seeds only; 'How sure' below adds that over test images. All runs share one training "
@@ -95,11 +98,57 @@ class Table(NamedTuple):
     """A table in text: the first `left` columns are words; `folded` ones open on a click."""
 
     title: str
-    header: list[str]
+    header: Sequence[str]
     lines: list[list[str]]
     left: int
     note: str
     folded: bool = False
+
+
+class Line(NamedTuple):
+    """A line of the first table: its cells in text, whether its accuracy is the highest, and the cell to jump to."""
+
+    cells: list[str]
+    bold: bool
+    raw: bool
+    anchor: str | None
+
+
+class Made(NamedTuple):
+    """A finished cell: its files' folder, seen from the report, and the command that makes it again."""
+
+    name: str
+    folder: str
+    command: str
+    accuracy: str
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Section:
+    """All that is said of one data set, in text; `notes` are (letter, text), `tables` the others by name."""
+
+    dataset: str
+    answers: list[Answer]
+    header: list[str]
+    lines: list[Line]
+    explained: list[str]
+    notes: list[tuple[str, str]]
+    tables: dict[str, Table]
+    also: list[str]
+    missing: list[str]
+    cells: list[Made]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a plan found, in text, ready to be written as Markdown and as a page; `table` has the numbers behind it."""
+
+    plan_name: str
+    done: int
+    planned: int
+    table: list[Row]
+    sections: list[Section]
 
 
 # ---------------------------------------------------------------------------------------------- writing
@@ -110,117 +159,135 @@ def letter(index: int) -> str:
     return (letter(index // 26 - 1) if index > 25 else "") + chr(ord("a") + index % 26)
 
 
-def footnote(row: Row) -> str:
+def footnote(row: Row, theirs: Published) -> str:
     """Where a published number comes from and what to hold against it."""
-    parts = [*row["flags"], *([row["note"]] if row["note"] else []), f"source: {row['source']}"]
-    corrected = "" if row["correction"] == RAW else f" {CORRECTIONS[row['correction']]}"
-    return f"{method_name(row['method'])}{corrected}, recipe {row['recipe']}: {'; '.join(parts)}."
+    parts = [*theirs.flags, *([theirs.note] if theirs.note else []), f"source: {theirs.source}"]
+    corrected = "" if row.correction == RAW else f" {CORRECTIONS[row.correction]}"
+    return f"{method_name(row.method)}{corrected}, recipe {row.recipe}: {'; '.join(parts)}."
 
 
-def verdict(row: Row, pooled: differences.Spread | None) -> str:
-    """Ours against the published accuracy: `agrees` within the 95 % interval of both, else `higher` or `lower`.
+def build(results: Results, published: Sequence[Published]) -> Report:
+    """The whole report but its pictures."""
+    table = rows(results, published)
+    said = answers(results, table)
+    return Report(
+        results.plan_name,
+        len(results.cells),
+        len(results.cells) + len(results.missing),
+        table,
+        [
+            section(
+                results,
+                dataset,
+                [row for row in table if row.dataset == dataset],
+                [one for one in published if one.dataset == dataset],
+                [answer for answer in said if answer.dataset == dataset],
+            )
+            for dataset in results.plan["datasets"]
+        ],
+    )
 
-    The variance is that over test images, plus that over our seeds and over their runs, where it is known; with one
-    seed of ours, `pooled` is that of the recipe's other methods.
-    """
-    if row["difference"] is None:
-        return "-"
-    ours = row["accuracy_sd"] ** 2 if row["accuracy_sd"] is not None else pooled.variance if pooled else 0.0
-    theirs = (row["published_sd"] or 0.0) ** 2 / (row["published_runs"] or 1)
-    limit = 1.96 * (row["accuracy_se_images"] ** 2 + ours / row["n"] + theirs) ** 0.5
-    apart = row["difference"] / 100
-    return "agrees" if abs(apart) <= limit else "higher" if apart > 0 else "lower"
 
-
-def section(results: Results, table: Sequence[Row], published: Sequence[Row], dataset: str) -> Row:
-    """All of one data set in text: `header`, `lines` (cells, bold, raw, anchor of the first cell), `notes` (letter,
-    text), lists of sentences, and the other tables by name."""
-    mine = [row for row in table if row["dataset"] == dataset]
-    ranked = [row for row in mine if row["n"] and row["correction"] != REBALANCED]
-    best = max((row["accuracy_mean"] for row in ranked), default=None)
-    notes: list[tuple[str, str]] = []
-    lines = []
-    for row in (row for row in mine if row["n"] or row["published"] is not None):
-        quoted = spread(row["published"], row["published_sd"])
-        if row["published"] is not None:
-            notes.append((letter(len(notes)), footnote(row)))
-            quoted += f" ({notes[-1][0]})"
-        pooled = differences.spread_of([other for other in mine if other["recipe"] == row["recipe"]])
-        cells = [
-            row["recipe"],
-            method_name(row["method"]),
-            CORRECTIONS[row["correction"]],
-            str(row["n"]) if row["n"] == row["planned"] else f"{row['n']} of {row['planned']}",
-            spread(row["accuracy_mean"], row["accuracy_sd"]) if row["n"] else "not run yet",
-            *(spread(row[f"{name}_mean"], row[f"{name}_sd"]) for name in GROUPS),
-            spread(row["nll_mean"], row["nll_sd"], 1, 3),
-            spread(row["ece_mean"], row["ece_sd"]),
-            spread(row["best_on_held_out_mean"], row["best_on_held_out_sd"]),
-            spread(row["best_on_test_mean"], row["best_on_test_sd"]),
-            quoted,
-            "-" if row["difference"] is None else points(row["difference"] / 100),
-            verdict(row, pooled),
-        ]
-        bold = row in ranked and row["accuracy_mean"] == best
-        first = next(((dataset, row["recipe"], row["method"], seed) for seed in row["seeds"]), None)
-        anchor = None if first is None else cell_name(first)
-        lines.append({"cells": cells, "bold": bold, "raw": row["correction"] == RAW, "anchor": anchor})
+def section(
+    results: Results, dataset: str, mine: Sequence[Row], published: Sequence[Published], said: list[Answer]
+) -> Section:
+    """One data set in text: of its rows, what was published of it, and what is said of it."""
+    lines, notes = main_table(results, mine)
     columns = [
         place for place, name in enumerate(HEADER)
-        if name not in OPTIONAL or any(line["cells"][place] != "-" for line in lines)
+        if name not in OPTIONAL or any(line.cells[place] != "-" for line in lines)
     ]  # fmt: skip
-    for line in lines:
-        line["cells"] = [line["cells"][place] for place in columns]
     header = [HEADER[place] for place in columns]
-    used = {row["correction"] for row in mine}
-    shown = {(row["recipe"], row["method"], IN_PUBLISHED.get(row["correction"])) for row in mine}
+    used = {row.correction for row in mine}
+    shown = {(row.recipe, row.method, IN_PUBLISHED.get(row.correction, "")) for row in mine}
     names = {method: method_name(method) for method in results.plan["methods"]}
-    shift = under_shift.table(under_shift.rows(results, dataset), published, dataset, names)
+    shift = under_shift.table(under_shift.rows(results, dataset), published, names)
     explained = [text for key, text in FITTED.items() if key in used]
     explained += [BEST_ON_TEST] if "Best on test" in header else []
     explained += [VERDICT] if "Verdict" in header else []
-    return {
-        "dataset": dataset,
-        "header": header,
-        "lines": lines,
-        "notes": notes,
-        "explained": explained,
-        "also": also_published(results.plan, [row for row in published if row not in shift["quoted"]], dataset, shown),
-        "tables": {
-            "methods": sure(results, [row for row in mine if row["correction"] == RAW], dataset, names),
-            "corrections": sure(results, mine, dataset, names),
+    return Section(
+        dataset=dataset,
+        answers=said,
+        header=header,
+        lines=[line._replace(cells=[line.cells[place] for place in columns]) for line in lines],
+        explained=explained,
+        notes=notes,
+        tables={
+            "methods": sure(results, [row for row in mine if row.correction == RAW], names),
+            "corrections": sure(results, mine, names),
             "grid": grid(mine, results.plan, names),
             "more": more(mine),
-            "shift": Table("Other test distributions", shift["header"], shift["lines"], 3, under_shift.READING),
+            "shift": Table("Other test distributions", shift.header, shift.lines, 3, under_shift.READING),
         },
-        "missing": missing(results, dataset),
-    }
+        also=also_published(results.plan, [one for one in published if one not in shift.quoted], shown),
+        missing=missing(results, dataset),
+        cells=[made(results, key) for key in results.cells if key[0] == dataset],
+    )
 
 
-def sure(results: Results, mine: Sequence[Row], dataset: str, names: Mapping[str, str]) -> Table:
+def main_table(results: Results, mine: Sequence[Row]) -> tuple[list[Line], list[tuple[str, str]]]:
+    """The lines of the first table of a data set, with all columns of HEADER, and its notes."""
+    best = max((row.accuracy for row in differences.ranked(mine)), default=None)
+    lines: list[Line] = []
+    notes: list[tuple[str, str]] = []
+    for row in (row for row in mine if row.n or row.published):
+        quoted = "-"
+        if row.published:
+            notes.append((letter(len(notes)), footnote(row, row.published)))
+            quoted = f"{spread(row.published.value, row.published.sd)} ({notes[-1][0]})"
+        apart = differences.to_published(results, row)
+        cells = [
+            row.recipe,
+            method_name(row.method),
+            CORRECTIONS[row.correction],
+            str(row.n) if row.n == row.planned else f"{row.n} of {row.planned}",
+            spread(*row.measures["accuracy"]) if row.n else "not run yet",
+            *(spread(*row.measures[name]) for name in GROUPS),
+            spread(*row.measures["nll"], 1, 3),
+            spread(*row.measures["ece"]),
+            spread(*row.best_on_held_out),
+            spread(*row.best_on_test),
+            quoted,
+            "-" if row.difference is None else points(row.difference),
+            "-" if apart is None else apart.said("higher", "agrees", "lower"),
+        ]
+        bold = row.n > 0 and row.correction != REBALANCED and row.accuracy == best
+        anchor = cell_name((row.dataset, row.recipe, row.method, row.seeds[0])) if row.n else None
+        lines.append(Line(cells, bold, row.correction == RAW, anchor))
+    return lines, notes
+
+
+def made(results: Results, key: Key) -> Made:
+    """What the report says of a finished cell."""
+    last = results.cells[key].last
+    again = f"dvc repro stages/{results.plan_name}/dvc.yaml:evaluate-{results.plan_name}@{cell_name(key)}"
+    accuracy = f"{100 * last[RAW]['accuracy']:.2f}"
+    return Made(cell_name(key), f"cells/{'/'.join(map(str, key))}", again, accuracy, int(last["epoch"]))
+
+
+def sure(results: Results, mine: Sequence[Row], names: Mapping[str, str]) -> Table:
     """Intervals of the differences within each recipe: of the methods, or of these with corrections."""
-    text = differences.texts(differences.lines(results, mine, dataset), names)
-    corrected = any(row["correction"] != RAW for row in mine)
+    lines = differences.texts(differences.lines(results, mine), names)
+    corrected = any(row.correction != RAW for row in mine)
     title = "How sure, corrections included" if corrected else "How sure"
-    return Table(title, text["header"], text["lines"], 3, differences.READING, folded=corrected)
+    return Table(title, differences.HEADER, lines, 3, differences.READING, folded=corrected)
 
 
 def grid(mine: Sequence[Row], plan: Mapping[str, Any], names: Mapping[str, str]) -> Table:
     """Method x recipe: what each buys. No lines when fewer than two recipes have run."""
-    found = {(row["recipe"], row["method"]): row for row in mine if row["correction"] == RAW and row["n"]}
+    found = {(row.recipe, row.method): row for row in mine if row.correction == RAW and row.n}
     recipes = [recipe for recipe in plan["recipes"] if any(key[0] == recipe for key in found)]
     header = ["Method", *(name for recipe in recipes for name in (recipe, "Method buys")), "Recipe buys"]
     if len(recipes) < 2:
         return Table("Method and recipe", header, [], 1, GRID_READING)
     lines = []
     for method, name in names.items():
-        means = {recipe: found[recipe, method]["accuracy_mean"] for recipe in recipes if (recipe, method) in found}
+        means = {recipe: found[recipe, method].accuracy for recipe in recipes if (recipe, method) in found}
         cells = [name]
         for recipe in recipes:
             row, base = found.get((recipe, method)), found.get((recipe, BASELINE))
-            cells.append("-" if row is None else spread(row["accuracy_mean"], row["accuracy_sd"]))
-            known = row and base and method != BASELINE
-            cells.append(points(row["accuracy_mean"] - base["accuracy_mean"]) if known else "-")  # type: ignore[index]
+            cells.append("-" if row is None else spread(*row.measures["accuracy"]))
+            cells.append(points(row.accuracy - base.accuracy) if row and base and method != BASELINE else "-")
         bought = points(max(means.values()) - min(means.values())) if len(means) > 1 else "-"
         if means:
             lines.append([*cells, bought])
@@ -230,36 +297,35 @@ def grid(mine: Sequence[Row], plan: Mapping[str, Any], names: Mapping[str, str])
 def more(mine: Sequence[Row]) -> Table:
     """The measures that the first table has no room for."""
     lines = [
-        [row["recipe"], method_name(row["method"]), CORRECTIONS[row["correction"]]]
+        [row.recipe, method_name(row.method), CORRECTIONS[row.correction]]
         + [
-            spread(row[f"{key}_mean"], row[f"{key}_sd"], 1, 3) if key == "brier"
-            else spread(row[f"{key}_mean"], row[f"{key}_sd"]) for key in MORE
+            spread(*row.measures[key], 1, 3) if key == "brier" else spread(*row.measures[key]) for key in MORE
         ]
-        for row in mine if row["n"]
+        for row in mine if row.n
     ]  # fmt: skip
     header = ["Recipe", "Method", "Correction", *MORE.values()]
     return Table("More measures", header, lines, 3, MORE_READING, folded=True)
 
 
-def also_published(plan: Mapping[str, Any], published: Sequence[Row], dataset: str, shown: Set[Any]) -> list[str]:
-    """Published numbers of this data set that the table has no place for, one line a method.
+def also_published(
+    plan: Mapping[str, Any], published: Sequence[Published], shown: Set[tuple[str, str, str]]
+) -> list[str]:
+    """Published numbers of a data set that the table has no place for, one line a method.
 
     `shown` are the (recipe, method, correction) whose published accuracy the table has.
     """
     lines: dict[str, str] = {}
-    for row in published:
-        asked = row["recipe"] in plan["recipes"] and row["method"] in plan["methods"]
-        in_table = (row["measure"], row["group"]) == ("accuracy", "all") and (
-            row["recipe"], row["method"], row["correction"],
-        ) in shown  # fmt: skip
-        if row["dataset"] != dataset or not asked or in_table:
+    for one in published:
+        asked = one.recipe in plan["recipes"] and one.method in plan["methods"]
+        overall = (one.measure, one.group) == ("accuracy", "all")
+        if not asked or (overall and (one.recipe, one.method, one.correction) in shown):
             continue
-        corrected = "" if row["correction"] == "none" else f" with {row['correction'].replace('_', ' ')}"
-        head = f"{method_name(row['method'])}{corrected}, recipe {row['recipe']}"
-        if flags(row):
-            head += f" ({'; '.join(flags(row))})"
-        what = row["group"] if row["measure"] == "accuracy" else row["measure"].upper()
-        value = f"{what} {spread(row['value'], row['sd'])}"
+        corrected = "" if one.correction == "none" else f" with {one.correction.replace('_', ' ')}"
+        head = f"{method_name(one.method)}{corrected}, recipe {one.recipe}"
+        if one.flags:
+            head += f" ({'; '.join(one.flags)})"
+        what = one.group if one.measure == "accuracy" else one.measure.upper()
+        value = f"{what} {spread(one.value, one.sd)}"
         lines[head] = f"{lines[head]}, {value}" if head in lines else f"{head}: {value}"
     return [f"{line}." for line in lines.values()]
 
@@ -282,57 +348,28 @@ def cell_name(key: Key) -> str:
     return "-".join(map(str, key))
 
 
-def cell_folder(key: Key) -> str:
-    """Where a cell's files are, seen from the report."""
-    return f"cells/{'/'.join(map(str, key))}"
-
-
-def cell_accuracy(results: Results, key: Key) -> str:
-    """Of the raw logits at the last epoch, in percent with two decimals."""
-    return f"{100 * results.cells[key].last[RAW]['accuracy']:.2f}"
-
-
-def command(plan_name: str, key: Key) -> str:
-    """The command that makes the numbers of one cell again."""
-    return f"dvc repro stages/{plan_name}/dvc.yaml:evaluate-{plan_name}@{cell_name(key)}"
-
-
-def sections(results: Results, published: Sequence[Row]) -> list[Row]:
-    """The sections of every data set of the plan."""
-    table = rows(results, published)
-    return [section(results, table, published, dataset) for dataset in results.plan["datasets"]]
-
-
-def markdown(results: Results, published: Sequence[Row]) -> str:
+def markdown(found: Report) -> str:
     """The report as Markdown: the answers, then the tables and their notes for each data set."""
-    said = answers(results, rows(results, published))
-    blocks = [f"# Results of plan {results.plan_name}", f"{READING} {SAME_SUBSET}"]
-    for part in sections(results, published):
-        blocks.append(f"## {part['dataset']}")
-        mine = [a for a in said if a.dataset == part["dataset"]]
-        blocks += [f"{a.text} Again: `{a.again}`" if a.again else a.text for a in mine]
-        lines = []
-        for line in part["lines"]:
-            cells = [*line["cells"]]
-            cells[4] = f"**{cells[4]}**" if line["bold"] else cells[4]
-            lines.append(cells)
+    blocks = [f"# Results of plan {found.plan_name}", f"{READING} {SAME_SUBSET}"]
+    for part in found.sections:
+        blocks.append(f"## {part.dataset}")
+        blocks += [f"{a.text} Again: `{a.again}`" if a.again else a.text for a in part.answers]
+        lines = [[*line.cells] for line in part.lines]
+        for cells, line in zip(lines, part.lines, strict=True):
+            cells[4] = f"**{cells[4]}**" if line.bold else cells[4]
         if lines:
-            blocks.append(markdown_table(part["header"], lines, 4))
-        notes = [f"({mark}) {text}" for mark, text in part["notes"]]
-        blocks.append("\n".join(f"- {text}" for text in [*part["explained"], *notes]))
-        for table in part["tables"].values():
+            blocks.append(markdown_table(part.header, lines, 4))
+        notes = [f"({mark}) {text}" for mark, text in part.notes]
+        blocks.append("\n".join(f"- {text}" for text in [*part.explained, *notes]))
+        for table in part.tables.values():
             if table.lines:
                 blocks += [f"### {table.title}", table.note, markdown_table(table.header, table.lines, table.left)]
-        if part["also"]:
-            blocks.append("Also published:\n\n" + "\n".join(f"- {text}" for text in part["also"]))
-        if part["missing"]:
-            blocks.append("\n".join(f"- {text}" for text in part["missing"]))
-        keys = [key for key in results.cells if key[0] == part["dataset"]]
+        if part.also:
+            blocks.append("Also published:\n\n" + "\n".join(f"- {text}" for text in part.also))
+        if part.missing:
+            blocks.append("\n".join(f"- {text}" for text in part.missing))
         blocks += ["### Cells", CELLS_READING]
-        blocks.append("\n".join(
-            f"- [{cell_name(key)}]({cell_folder(key)}): {cell_accuracy(results, key)} %, "
-            f"`{command(results.plan_name, key)}`" for key in keys
-        ))  # fmt: skip
+        blocks.append("\n".join(f"- [{c.name}]({c.folder}): {c.accuracy} %, `{c.command}`" for c in part.cells))
     return "\n\n".join(blocks) + "\n"
 
 
@@ -345,7 +382,8 @@ def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]], left: 
 
 def figures(results: Results, table: Sequence[Row], dataset: str) -> dict[str, list[plots.Figure]]:
     """The pictures of one data set, under the heading of each group ("" is the overview)."""
-    leading = plots.leading([row for row in table if row["dataset"] == dataset], BASELINE)
+    lines = [drawn_line(row) for row in table if row.dataset == dataset and (row.n or row.published)]
+    leading = plots.leading([drawn_line(row) for row in table if row.dataset == dataset], BASELINE)
     style: dict[str, Any] = {
         "names": {method: method_name(method) for method in results.plan["methods"]},
         "colours": plots.colours([*leading, *(m for m in results.plan["methods"] if m not in leading)]),
@@ -353,22 +391,21 @@ def figures(results: Results, table: Sequence[Row], dataset: str) -> dict[str, l
     by_class = [row for row in classes(results) if row["dataset"] == dataset]
     trained = results.plan.get("trained", results.plan["methods"])  # others have the history of what they start from
     by_epoch = [row for row in curves(results) if row["dataset"] == dataset and row["method"] in trained]
-    shifted = under_shift.figures(chosen(under_shift.rows(results, dataset), leading), style)
+    shifted = [row for row in under_shift.rows(results, dataset) if row.method in leading]
     drawn: dict[str, list[plots.Figure]] = {
-        "": [], "Accuracy by class": [], "Calibration and energies": [], "Shift": shifted, "Training": [],
-        "Gradient ratios": [],
+        "": [], "Accuracy by class": [], "Calibration and energies": [], "Shift": under_shift.figures(shifted, style),
+        "Training": [], "Gradient ratios": [],
     }  # fmt: skip
     if not by_class:
         return drawn
     known = [row[column] for row in by_class for column in (RAW, "aligned") if row[column] is not None]
     recipes = dict.fromkeys(row["recipe"] for row in by_class)
-    shown = [row for row in table if row["dataset"] == dataset and row["recipe"] in recipes
-             and (row["n"] or row["published"] is not None)]  # fmt: skip
+    lines = [row for row in lines if row["recipe"] in recipes]
     for recipe in recipes:
-        mine = [row for row in shown if row["recipe"] == recipe]
+        mine = [row for row in lines if row["recipe"] == recipe]
         if len(leading) < len(results.plan["methods"]):  # a page long else
             mine = [row for row in mine if row["correction"] == RAW]
-        drawn[""].append(plots.forest(mine, limits=accuracy_limits(shown), recipe=recipe, **style))
+        drawn[""].append(plots.forest(mine, limits=accuracy_limits(lines), recipe=recipe, **style))
         class_rows = [row for row in by_class if row["recipe"] == recipe]
         baseline = [row for row in class_rows if row["method"] == BASELINE]
         for method in dict.fromkeys(row["method"] for row in class_rows):
@@ -405,12 +442,26 @@ def figures(results: Results, table: Sequence[Row], dataset: str) -> dict[str, l
     return drawn
 
 
-def chosen(found: Sequence[Row], methods: Sequence[str]) -> list[Row]:
+def drawn_line(row: Row) -> Record:
+    """A row as longtail.plots draws it."""
+    return {
+        "recipe": row.recipe,
+        "method": row.method,
+        "correction": row.correction,
+        "n": row.n,
+        "accuracies": row.accuracies,
+        "accuracy_mean": row.measures["accuracy"].mean,
+        "accuracy_sd": row.measures["accuracy"].sd,
+        "published": row.published and row.published.value,
+    }
+
+
+def chosen(found: Sequence[Record], methods: Sequence[str]) -> list[Record]:
     """The rows of these methods."""
     return [row for row in found if row["method"] in methods]
 
 
-def accuracy_limits(table: Sequence[Row]) -> tuple[float, float]:
+def accuracy_limits(table: Sequence[Record]) -> tuple[float, float]:
     """Lowest and highest accuracy of the rows, seeds, spreads and published values, with a little room."""
     values = [value for row in table for value in row["accuracies"]]
     values += [row["published"] for row in table if row["published"] is not None]
@@ -421,33 +472,18 @@ def accuracy_limits(table: Sequence[Row]) -> tuple[float, float]:
     return min(values) - room, max(values) + room
 
 
-def html(results: Results, published: Sequence[Row]) -> str:
-    """The report as one self-contained page: no script, nothing fetched, pictures inside."""
-    table = rows(results, published)
+def html(found: Report, pictures: Mapping[str, Mapping[str, Sequence[plots.Figure]]]) -> str:
+    """The report as one self-contained page: no script, nothing fetched, pictures inside.
+
+    Args:
+        pictures: by data set what `figures` gives.
+    """
     source = Path(__file__).with_name("report.html.j2").read_text()
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    parts = sections(results, published)
-    for part in parts:
-        part["answers"] = [a for a in answers(results, table) if a.dataset == part["dataset"]]
-        part["figures"] = figures(results, table, part["dataset"])
-        keys = [key for key in results.cells if key[0] == part["dataset"]]
-        part["cells"] = [
-            {"name": cell_name(key), "folder": cell_folder(key), "command": command(results.plan_name, key),
-             "accuracy": cell_accuracy(results, key),
-             "epoch": int(results.cells[key].last["epoch"])}
-            for key in keys
-        ]  # fmt: skip
-    planned = len(results.cells) + len(results.missing)
     return environment.from_string(source).render(
-        plan_name=results.plan_name,
-        done=len(results.cells),
-        planned=planned,
-        reading=READING,
-        cells_reading=CELLS_READING,
-        same_subset=SAME_SUBSET,
-        sections=parts,
+        report=found, drawn=pictures, reading=READING, cells_reading=CELLS_READING, same_subset=SAME_SUBSET
     )
 
 
@@ -465,10 +501,10 @@ def write(
     Raises what `read` and `read_published` raise; nothing is written then.
     """
     results = read(plan_name, plan, cells_dir, times)
-    known = read_published(published)
-    out = Path(out_dir)
-    files.write_text(out / "table.md", markdown(results, known))
-    files.write_text(out / "report.html", html(results, known))
-    files.write_json(out / "summary.json", summary(rows(results, known)))
+    found, out = build(results, read_published(published)), Path(out_dir)
+    pictures = {part.dataset: figures(results, found.table, part.dataset) for part in found.sections}
+    files.write_text(out / "table.md", markdown(found))
+    files.write_text(out / "report.html", html(found, pictures))
+    files.write_json(out / "summary.json", summary(found.table))
     files.write_csv(out / "curves.csv", curves(results), CURVES)
     files.write_csv(out / "classes.csv", classes(results), CLASSES)

@@ -4,10 +4,11 @@ Values are fractions; percent is in text only.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from longtail import plots
-from longtail.outcomes import ADJUSTED, RAW, Results, Row, mean_and_sd
+from longtail.answers import spread
+from longtail.outcomes import ADJUSTED, RAW, Published, Results, mean_and_sd
 
 # (correction, column of distributions.csv) -> what it is called; in published.csv: correction none or known_prior
 LINES = {
@@ -26,8 +27,30 @@ READING = (
 )
 
 
+class Row(NamedTuple):
+    """A recipe, a method, a line and a distribution of `images` test images: accuracy over seeds."""
+
+    recipe: str
+    method: str
+    correction: str
+    column: str
+    line: str
+    distribution: str
+    images: int
+    mean: float | None
+    sd: float | None
+
+
+class Shifted(NamedTuple):
+    """The table in text, and the published rows that stand in it."""
+
+    header: list[str]
+    lines: list[list[str]]
+    quoted: list[Published]
+
+
 def rows(results: Results, dataset: str) -> list[Row]:
-    """One row for each recipe x method x line x distribution: mean and sd over seeds, and the number of images."""
+    """One row for each recipe x method x line x distribution."""
     table = []
     for (name, recipe, method), cells in results.groups():
         if name != dataset:
@@ -43,47 +66,36 @@ def rows(results: Results, dataset: str) -> list[Row]:
                         values.setdefault(row["distribution"], []).append(row[column])
                         images[row["distribution"]] = int(row["images"])
             for distribution, found in values.items():
-                mean, sd = mean_and_sd(found)
-                table.append(
-                    {"recipe": recipe, "method": method, "correction": correction, "column": column, "line": line,
-                     "distribution": distribution, "images": images[distribution], "mean": mean, "sd": sd}
-                )  # fmt: skip
+                about = (recipe, method, correction, column, line, distribution, images[distribution])
+                table.append(Row(*about, *mean_and_sd(found)))
     return table
 
 
-def table(
-    found: Sequence[Row], published: Sequence[Row], dataset: str, names: Mapping[str, str]
-) -> dict[str, list[Any]]:
-    """`header` and `lines` of text, and `quoted`: the published rows that stand in it."""
-    known = {
-        (row["recipe"], row["method"], row["correction"], row["group"]): row
-        for row in published
-        if (row["dataset"], row["measure"]) == (dataset, "accuracy")
-    }
-    distributions = list(dict.fromkeys(row["distribution"] for row in found))
+def table(found: Sequence[Row], published: Sequence[Published], names: Mapping[str, str]) -> Shifted:
+    """Distributions of a data set side by side, a line for each recipe x method x line; `published` is of it, too."""
+    known = {(one.recipe, one.method, one.correction, one.group): one for one in published if one.measure == "accuracy"}
+    distributions = list(dict.fromkeys(row.distribution for row in found))
+    by_line: dict[tuple[str, str, str], dict[str, Row]] = {}
+    for row in found:
+        by_line.setdefault((row.recipe, row.method, row.line), {})[row.distribution] = row
     lines, quoted = [], []
-    for recipe, method, line in dict.fromkeys((row["recipe"], row["method"], row["line"]) for row in found):
+    for (recipe, method, line), by_distribution in by_line.items():
         cells = [recipe, names[method], line]
         for distribution in distributions:
-            (row,) = (
-                row for row in found
-                if (row["recipe"], row["method"], row["line"], row["distribution"])
-                == (recipe, method, line, distribution)
-            )  # fmt: skip
-            text = f"{100 * row['mean']:.1f}" + (f" ± {100 * row['sd']:.1f}" if row["sd"] is not None else "")
-            correction = IN_PUBLISHED.get((row["correction"], row["column"]))
-            theirs = known.get((recipe, method, correction, distribution))
-            if theirs is not None:
-                text += f" ({100 * theirs['value']:.1f})"
+            row = by_distribution[distribution]
+            text = spread(row.mean, row.sd)
+            correction = IN_PUBLISHED.get((row.correction, row.column), "")
+            if theirs := known.get((recipe, method, correction, distribution)):
+                text += f" ({100 * theirs.value:.1f})"
                 quoted.append(theirs)
             cells.append(text)
         lines.append(cells)
-    return {"header": ["Recipe", "Method", "Test prior", *distributions], "lines": lines, "quoted": quoted}
+    return Shifted(["Recipe", "Method", "Test prior", *distributions], lines, quoted)
 
 
 def figures(found: Sequence[Row], style: Mapping[str, Any]) -> list[plots.Figure]:
     """A picture for each recipe."""
     return [
-        plots.under_shift([row for row in found if row["recipe"] == recipe], recipe=recipe, **style)
-        for recipe in dict.fromkeys(row["recipe"] for row in found)
+        plots.under_shift([row._asdict() for row in found if row.recipe == recipe], recipe=recipe, **style)
+        for recipe in dict.fromkeys(row.recipe for row in found)
     ]
