@@ -12,8 +12,9 @@ import pytest
 import yaml
 from conftest import ROOT
 from dvc.repo import Repo
+from ruamel.yaml import main
 
-from longtail import cli, manifest, pipeline
+from longtail import cli, declaration, manifest, pipeline
 from longtail.finished import STAGES
 
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -49,6 +50,21 @@ def test_every_stage_declares_the_manifest_of_its_code_and_no_other_code(stages)
         if set(code) != set(expected):
             wrong[name] = {"declared": code, "expected": expected}
     assert not wrong
+
+
+def test_a_stage_is_read_as_dvc_reads_it(stages, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for address, stage in stages.items():
+        keys = [key for dep in stage.deps if hasattr(dep, "params") for key in dep.params]
+        deps = [Path(dep.fs_path).relative_to(ROOT).as_posix() for dep in stage.deps if not hasattr(dep, "params")]
+        assert declaration.read(address) == (stage.cmd, sorted(deps), sorted(keys)), address
+
+
+def test_dvc_has_the_compiled_parser_and_reads_the_same_with_it():
+    assert main.CParser is not None, "pip install -c constraints.txt -e ."
+    for path in (ROOT / "params.yaml", *(ROOT / "stages").glob("**/dvc.yaml"), ROOT / "stages/quick/dvc.lock"):
+        compiled, plain = (main.YAML(typ="safe", pure=pure).load(path.read_text()) for pure in (False, True))
+        assert repr(compiled) == repr(plain), path
 
 
 def test_every_manifest_is_asked_for_and_there(stages):

@@ -20,7 +20,8 @@ BESIDE = (".cpp", ".j2")  # what modules name beside Python: kernels, templates
 PACKAGE = "longtail"
 # What cannot change a result: the stage's frame, the schema (it only refuses), tracking, and what a machine is called.
 PLUMBING = frozenset(
-    f"{PACKAGE}.{name}" for name in ("adopt", "live", "machine", "manifest", "meaning", "params", "ranges", "stage")
+    f"{PACKAGE}.{name}"
+    for name in ("adopt", "declaration", "live", "machine", "manifest", "meaning", "params", "ranges", "stage")
 )
 # Scripts that need no manifest: what they do is decided by what they declare themselves.
 WITHOUT = {"check", "manifests", "show"}

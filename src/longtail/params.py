@@ -454,7 +454,10 @@ def load(path: str | Path = "params.yaml") -> dict[str, Any]:
     return value
 
 
-class _UniqueKeys(yaml.SafeLoader):
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the compiled one, seven times as fast, where it is there
+
+
+class _UniqueKeys(_Loader):  # type: ignore[misc]
     """YAML keeps the last of two equal keys without a word; here that is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

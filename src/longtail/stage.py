@@ -15,9 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import yaml
-
-from longtail import manifest
+from longtail import declaration, manifest
 from longtail import params as schema
 from longtail.live import fingerprint
 
@@ -40,7 +38,7 @@ class Stage:
 
     def facts(self, code: "Code") -> tuple[str, dict[str, Any]]:
         """The fingerprint of (command, dependencies' content, declared params), and those params."""
-        values = yaml.safe_load(Path("params.yaml").read_text())
+        values = declaration.load(Path("params.yaml"))
         found = [(dep, code.md5(dep, values) if manifest.is_manifest(dep) else md5(dep)) for dep in self.deps]
         params = pick(values, self.keys)
         return fingerprint(self.cmd, found, params), params
@@ -108,7 +106,9 @@ def declared() -> Stage:
     address = os.environ.get("DVC_STAGE")
     if not address:
         sys.exit(f"{sys.argv[0]} is a stage of the pipeline: run it with `dvc repro`, see README.md")
-    from dvc.dvcfile import load_file  # half a second: only where a stage really runs
+    if found := declaration.read(address):
+        return Stage(address.rpartition(":")[2], *found)
+    from dvc.dvcfile import load_file  # half a second: only for what the reader of declarations does not know
     from dvc.repo import Repo
     from dvc.stage.loader import StageLoader
     from dvc.utils import parse_target
