@@ -12,10 +12,12 @@ import contextlib
 import copy
 import io
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import yaml
@@ -52,20 +54,6 @@ from either but for another loss or reader. 'Follows' holds where an out really 
 """
 
 
-def parse_once(load: Any) -> Any:
-    """DVC's reader of params.yaml, which parses it anew for every stage, with a memory of one file's content."""
-    known: dict[str, Any] = {}
-
-    def load_path(path: str, fs: Any, **options: Any) -> Any:
-        text = Path(path).read_text()
-        if text not in known:
-            known.clear()
-            known[text] = load(path, fs, **options)
-        return known[text]
-
-    return load_path
-
-
 def leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and values of nested mappings; an empty block and a list are leaves."""
     if isinstance(values, dict) and values:
@@ -73,6 +61,13 @@ def leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(value, f"{prefix}.{key}".strip("."))
     else:
         yield prefix, values
+
+
+def value_at(values: Any, key: str, separator: str) -> Any:
+    """The value at a dotted key; KeyError where there is none."""
+    for part in key.split(separator):
+        values = values[part]
+    return values
 
 
 def other(key: str, value: Any, values: dict[str, Any]) -> Any:
@@ -108,13 +103,16 @@ class Pipeline:
     """The committed pipeline in a folder of its own, as if every stage had run with the committed params."""
 
     def __init__(self, folder: Path):
-        param.load_path = parse_once(param.load_path)
+        # what DVC reads for a declared param: it would parse the file anew for every stage and walk through all of it
+        param.load_path = lambda path, fs, **options: self.current
+        param.dpath = SimpleNamespace(get=value_at)
         self.folder = folder
         for name in ("dvc.yaml", *(path.relative_to(ROOT) for path in (ROOT / "stages").rglob("dvc.yaml"))):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text((ROOT / name).read_text())
+        shutil.copyfile(ROOT / "params.yaml", folder / "params.yaml")
         self.values: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text())
-        self.write(self.values)
+        self.current = self.values
         with contextlib.redirect_stdout(io.StringIO()):
             Repo.init(str(folder), no_scm=True).close()
         self.repo = Repo(str(folder))
@@ -128,35 +126,38 @@ class Pipeline:
         for deps in self.declared.values():
             deps[0].fill_values(deps[0].read_params())
 
-    def write(self, values: dict[str, Any]) -> None:
-        (self.folder / "params.yaml").write_text(yaml.safe_dump(values))
-
     @staticmethod
     def name(stage: Any) -> str:
         return stage.addressing.split(":")[-1]
 
     def touched(self, key: str) -> set[str]:
         """Stages that re-run because of the key itself, those that it makes included, but for `check`."""
-        values = edited(self.values, key)
-        self.write(values)
+        self.current = edited(self.values, key)
         changed = [deps for deps in self.declared.values() if deps[0].status()]
         touched = {self.name(dep.stage) for deps in changed for dep in deps}
-        if self.shapes_the_pipeline(key):
-            with Repo(str(self.folder)) as repo:
-                for stage in repo.index.stages:
-                    before = self.stages.get(self.name(stage))
-                    paths = [[str(dep) for dep in s.deps] for s in (stage, before) if s is not None]
-                    if before is None or before.cmd != stage.cmd or paths[0] != paths[1]:
-                        touched.add(self.name(stage))
-        self.write(self.values)
+        if files := self.shaped_by(key):
+            (self.folder / "params.yaml").write_text(yaml.safe_dump(self.current))
+            for stage in (stage for path in files for stage in self.repo.stage.load_all(str(path))):
+                before = self.stages.get(self.name(stage))
+                paths = [[str(dep) for dep in s.deps] for s in (stage, before) if s is not None]
+                if before is None or before.cmd != stage.cmd or paths[0] != paths[1]:
+                    touched.add(self.name(stage))
+        self.current = self.values
         return touched - {"manifests"}
 
-    def shapes_the_pipeline(self, key: str) -> bool:
-        """Whether dvc.yaml itself reads the key, so that another pipeline may come out: seconds to find out."""
-        section, *_, last = key.split(".")
+    def shaped_by(self, key: str) -> list[Path]:
+        """The pipeline files that read the key themselves, so that other stages may come out: seconds to find out."""
+        section, *_, last = words = key.split(".")
         pipeline = (self.folder / "stages/dvc.yaml").read_text()
-        shaping = section in ("sources", "datasets") and f"${{item.{last}}}" in pipeline
-        return section == "plans" or shaping or (section == "methods" and last == "fuse")
+        if section == "plans":
+            read = f"${{plans.{words[1]}."
+        elif section in ("sources", "datasets") and f"${{item.{last}}}" in pipeline:
+            read = f"${{{section}}}"
+        elif section == "methods" and last == "fuse":
+            read = "${methods."
+        else:
+            return []
+        return [path for path in self.folder.rglob("dvc.yaml") if read in path.read_text()]
 
     def followers(self, names: set[str]) -> set[str]:
         """Every stage downstream of the named ones, but for themselves."""
