@@ -9,6 +9,7 @@ import torch
 from longtail import batches, engine, inference, losses, networks
 from longtail.checkpoints import Checkpoint
 
+pytestmark = pytest.mark.processor
 SCHEDULES = {
     "gala": {"epochs": 200, "warmup_epochs": 2, "shape": "cosine", "milestones": [], "factors": []},
     "balpoe": {
@@ -289,10 +290,11 @@ def test_precision_is_what_the_device_has(monkeypatch, device, asked, has_bf16, 
 
 @pytest.mark.slow
 def test_torch_compile_falls_back_or_gives_the_same_network(monkeypatch):
+    """Batches of one size: for another one PyTorch compiles all of it again, a minute of a core."""
     monkeypatch.setenv("LONGTAIL_COMPILE", "on")
-    compiled = fit(epochs=1)
+    compiled = fit(epochs=1, drop_last=True)
     monkeypatch.delenv("LONGTAIL_COMPILE")
-    assert compiled.history[0]["loss"] == pytest.approx(fit(epochs=1).history[0]["loss"], rel=1e-4)
+    assert compiled.history[0]["loss"] == pytest.approx(fit(epochs=1, drop_last=True).history[0]["loss"], rel=1e-4)
 
 
 def test_a_loss_that_is_not_finite_stops_with_epoch_and_lr():
