@@ -75,6 +75,7 @@ class StoppedError(Exception):
     pass
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("method", ["gala", "balpoe"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_resume_in_the_middle_of_an_epoch(tmp_path, method, precision):

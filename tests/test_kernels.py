@@ -4,8 +4,6 @@ import copy
 import os
 import shutil
 import stat
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,8 +12,12 @@ from torch import nn
 
 from longtail import fused, kernels, networks
 
-needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler on this machine"
+pytestmark = pytest.mark.processor
+COMPILERS = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+NO_COMPILER = not any(map(shutil.which, COMPILERS))
+needs_compiler = pytest.mark.skipif(NO_COMPILER, reason="no C++ compiler on this machine")
+needs_kernels = pytest.mark.skipif(
+    NO_COMPILER or os.environ.get("LONGTAIL_KERNELS") == "off", reason="no C++ compiler, or LONGTAIL_KERNELS=off"
 )
 SHAPES = [(4, 16, 6, 6), (3, 5, 7, 2), (2, 33, 4, 4), (2, 64, 2, 3), (64, 16, 32, 32)]
 
@@ -43,7 +45,7 @@ def as_published(x, residual, norm):
     return F.relu(y if residual is None else y + residual)
 
 
-@needs_compiler
+@needs_kernels
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("with_residual", [False, True])
@@ -70,7 +72,7 @@ def test_norm_and_relu_are_the_published_ones(shape, dtype, with_residual):
         assert (mine.double() - theirs).norm() <= tolerance * theirs.norm()
 
 
-@needs_compiler
+@needs_kernels
 def test_nan_stays_and_one_value_a_channel_is_refused():
     x = torch.full((2, 16, 2, 2), torch.nan).contiguous(memory_format=torch.channels_last)
     assert kernels.forward(x, None, norm_of(16))[0].isnan().all()
@@ -90,7 +92,7 @@ def gradients_of(gradient, x, weight, stride):
     )[:2]
 
 
-@needs_compiler
+@needs_kernels
 @pytest.mark.parametrize("stride", [1, 2])
 @of_convolutions
 def test_gradients_of_a_convolution_are_exact_where_nothing_is_rounded(images, size_in, size_out, side, stride):
@@ -109,7 +111,7 @@ def test_gradients_of_a_convolution_are_exact_where_nothing_is_rounded(images, s
         assert torch.equal(mine.double(), theirs)
 
 
-@needs_compiler
+@needs_kernels
 @pytest.mark.parametrize("stride", [1, 2])
 @of_convolutions
 def test_gradients_of_a_convolution_are_rounded_as_little_as_can_be(images, size_in, size_out, side, stride):
@@ -137,7 +139,7 @@ def test_gradients_of_a_convolution_are_rounded_as_little_as_can_be(images, size
         assert error.norm() <= n**0.5 * each * most.norm()
 
 
-@needs_compiler
+@needs_kernels
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(("images", "side"), [(37, 16), (5, 32)])
 def test_weight_gradient_of_many_channels_is_that_of_sixteen_at_a_time(images, side, stride):
@@ -154,7 +156,7 @@ def test_weight_gradient_of_many_channels_is_that_of_sixteen_at_a_time(images, s
         assert torch.equal(found, whole[first : first + 16])
 
 
-@needs_compiler
+@needs_kernels
 @pytest.mark.parametrize(("stride", "new"), [(2, 16), (2, 0), (1, 7), (3, 4)])
 def test_gradient_of_the_shortcut(stride, new):
     x = torch.randn(2, 16, 9, 9).contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -197,7 +199,7 @@ def test_a_network_with_kernels_is_the_network_without(monkeypatch, precision):
         torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance, msg=name)
 
 
-@needs_compiler
+@needs_kernels
 def test_results_do_not_depend_on_the_number_of_threads():
     x, residual, gradient = activations((64, 16, 32, 32), torch.bfloat16, 3)
     found, threads = [], torch.get_num_threads()
@@ -215,24 +217,25 @@ def test_results_do_not_depend_on_the_number_of_threads():
         assert all(torch.equal(mine, theirs) for mine, theirs in compared)
 
 
-def test_without_a_compiler_training_goes_on(tmp_path):
+def test_without_a_compiler_training_goes_on(tmp_path, monkeypatch, capsys):
     """No compiler, one that fails, and a cache that is written once: PyTorch's operations, one line that says why."""
-    program = "from longtail import kernels; import torch; print(kernels.library() is not None)"
 
-    def run(**env: str) -> subprocess.CompletedProcess[str]:
-        env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), **env}
-        return subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
+    def library_with(**env: str) -> str:
+        with monkeypatch.context() as patch:
+            for name, value in {"XDG_CACHE_HOME": str(tmp_path / "cache"), "LONGTAIL_KERNELS": "on", **env}.items():
+                patch.setenv(name, value)
+            assert kernels.library.__wrapped__() is None  # not the one of this process
+        return capsys.readouterr().err
 
     nothing = tmp_path / "empty"
     nothing.mkdir()
-    missing = run(PATH=str(nothing), CXX="")
-    assert missing.stdout == "False\n" and "no C++ compiler" in missing.stderr
+    assert "no C++ compiler" in library_with(PATH=str(nothing), CXX="")
+    assert "nowhere" in library_with(CXX=str(tmp_path / "nowhere"))
     broken = tmp_path / "c++"
     broken.write_text("#!/bin/sh\necho 'internal error' >&2\nexit 1\n")
     broken.chmod(broken.stat().st_mode | stat.S_IEXEC)
-    failing = run(CXX=str(broken))
-    assert failing.stdout == "False\n" and "internal error" in failing.stderr
-    assert run(LONGTAIL_KERNELS="off").stdout == "False\n"
+    assert "internal error" in library_with(CXX=str(broken))
+    assert library_with(LONGTAIL_KERNELS="off") == ""
     assert not list(tmp_path.glob("cache/longtail/*"))
 
 

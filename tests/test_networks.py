@@ -121,6 +121,7 @@ def test_an_expert_adds_two_layers_and_a_head(architecture):
     assert parameters(three) - parameters(one) == 2 * added
 
 
+@pytest.mark.processor
 def test_block_is_its_twin():
     """Option A in loops: subsample the input and pad its channels with zeros."""
     block = networks.Block(4, 8, stride=2).eval()
@@ -192,6 +193,7 @@ def test_the_schema_allows_the_architectures_that_there_are():
     assert get_args(allowed) == tuple(networks.ARCHITECTURES)
 
 
+@pytest.mark.processor
 def test_a_large_network_trains_deterministically():
     """Two trainings of a step leave the same averaged weights, other than the first ones; both experts have learnt."""
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from longtail import optimizers
 
+pytestmark = pytest.mark.processor
 SHAPES = [(4, 3, 3, 3), (8, 4, 3, 3), (8, 4, 3, 3), (40, 4, 3, 3)]  # wide, wide twice, tall
 SETTINGS = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
 
