@@ -96,8 +96,10 @@ def train(
     key: Mapping[str, str] | None,
 ) -> Row:
     """Validation accuracy (mean over classes) after the last epoch, and what it took; checkpoints for a key."""
-    from longtail import batches, engine, inference, machine, training
-    from longtail.checkpoints import Checkpoint
+    from longtail import training
+    from longtail.data import batches
+    from longtail.training import engine, inference, machine
+    from longtail.training.checkpoints import Checkpoint
 
     device = inference.find_device()
     splits = batches.splits(validation_arrays(**data), device)
@@ -131,7 +133,8 @@ def validation_arrays(source: str, kept_out: float, **tail: Any) -> dict[str, An
 
     Raises FileNotFoundError where the source has not been downloaded.
     """
-    from longtail import files, long_tail
+    from longtail.data import long_tail
+    from longtail.workflow import files
 
     path = ROOT / "data" / "raw" / f"{source}.npz"
     if not path.exists():
@@ -189,7 +192,7 @@ def networks_in(path: Path | None) -> list[Row]:
 
 def write(rows: Sequence[Row], path: Path) -> None:
     """All of them, whole or not at all."""
-    from longtail import files
+    from longtail.workflow import files
 
     files.write_csv(path, sorted(rows, key=lambda row: [row[key] for key in KEY]), [*COLUMNS])
 

@@ -12,8 +12,10 @@ import torch
 import yaml
 
 from benchmarks.harness import ROOT, Setting, peak_memory, serve
-from longtail import batches, inference, losses, networks
-from longtail.engine import Training
+from longtail import losses, networks
+from longtail.data import batches
+from longtail.training import inference
+from longtail.training.engine import Training
 
 READY = 4  # batches that lie ready for bare steps: few, so that they are no part of the peak memory
 DEVICE = torch.device("cpu")

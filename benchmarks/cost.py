@@ -93,7 +93,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    from longtail.plots import PALETTE, PIXELS, STYLE
+    from longtail.report.plots import PALETTE, PIXELS, STYLE
 
     _, blue, red, *_ = PALETTE
     with matplotlib.rc_context():

@@ -7,8 +7,8 @@ import torch
 
 from benchmarks.common import DEVICE, PRECISION
 from benchmarks.harness import Setting, serve
-from longtail import inference
-from longtail import machine as this_machine
+from longtail.training import inference
+from longtail.training import machine as this_machine
 
 TRIES = 3
 

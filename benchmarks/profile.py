@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.harness import Report, Setting, Worker, flags, machine_line, serve
 
-PARTS = {  # attribute of longtail.fused's modules -> the row of the table
+PARTS = {  # attribute of longtail.networks.fused's modules -> the row of the table
     ("F", "conv2d"): "convolutions, forward",
     ("kernels", "convolution_backward"): "convolutions, gradients of activations and weights",
     ("kernels", "forward"): "batch norm, residual, ReLU: forward",
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def shares(setting: Setting) -> dict[str, float]:
     """Seconds of a step, by part."""
     from benchmarks.common import Bench
-    from longtail import fused, kernels
+    from longtail.networks import fused, kernels
 
     bench = Bench(setting)
     seconds: defaultdict[str, float] = defaultdict(float)

@@ -21,8 +21,10 @@ import torch
 import yaml
 
 from benchmarks.harness import RESULTS, ROOT, Report, alternate, ratio
-from longtail import batches, inference, machine, training
-from longtail.engine import Training, class_accuracy, scale_of
+from longtail import training
+from longtail.data import batches
+from longtail.training import inference, machine
+from longtail.training.engine import Training, class_accuracy, scale_of
 
 CLASSES, TRAIN, TEST = 100, 10_847, 10_000  # CIFAR-100-LT, imbalance factor 100
 

@@ -87,8 +87,11 @@ def ways(mixup: bool) -> dict[str, Callable[[int], tuple[int, int, int]]]:
 
 def accuracy(row: Row, *, epochs: int | None) -> float:
     """Test accuracy (mean over classes) of a network trained as params.yaml has it, after the last epoch."""
-    from longtail import batches, engine, files, inference, long_tail, training
-    from longtail.checkpoints import Checkpoint
+    from longtail import training
+    from longtail.data import batches, long_tail
+    from longtail.training import engine, inference
+    from longtail.training.checkpoints import Checkpoint
+    from longtail.workflow import files
 
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     recipe, method = params["recipes"][row["recipe"]], params["methods"][row["method"]]
@@ -111,7 +114,7 @@ def accuracy(row: Row, *, epochs: int | None) -> float:
 
 def mixup_weights_of(seed: int) -> Any:
     """While it is open, trainings mix with the weights of a training with this seed; partners stay their own."""
-    from longtail import batches
+    from longtail.data import batches
 
     own = batches.batch_generator
 
@@ -224,7 +227,7 @@ def read(path: Path | None) -> list[Row]:
 
 def write(rows: Sequence[Row], path: Path) -> None:
     """All of them, whole or not at all."""
-    from longtail import files
+    from longtail.workflow import files
 
     ordered = sorted(rows, key=lambda row: [*(row[key] for key in SETTING), *(int(row[key]) for key in DRAWN)])
     files.write_csv(path, ordered, [*COLUMNS])

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def collect(root: Path, plan: str) -> list[Row]:
     """A row for each finished cell of the plan of which it is known how long it took."""
-    from longtail import finished
+    from longtail.tracking import finished
 
     results, notes = finished.results(root, [plan])
     for note in notes:
@@ -117,7 +117,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    from longtail.plots import PALETTE, PIXELS, STYLE
+    from longtail.report.plots import PALETTE, PIXELS, STYLE
 
     methods, recipes = (list(dict.fromkeys(row[key] for row in rows)) for key in ("method", "recipe"))
     with matplotlib.rc_context():

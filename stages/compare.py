@@ -1,6 +1,7 @@
 """Compare corrections of the logits: all readings of energy aligning and their relatives, chosen on held-out."""
 
-from longtail import files, readings, stage
+from longtail.evaluation import readings
+from longtail.workflow import files, stage
 
 with stage.run("predictions", "out") as (args, params):
     shots = {key: params["evaluate"][key] for key in ("many_above", "few_below", "ece_bins")}

@@ -1,6 +1,7 @@
 """Read a source, from its own site or a mirror, into canonical arrays."""
 
-from longtail import files, sources, stage
+from longtail.data import sources
+from longtail.workflow import files, stage
 
 with stage.run("source", "out") as (args, params):
     settings = dict(params[f"sources.{args.source}"])

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from longtail import distributions, evaluation, files, stage
+from longtail import evaluation
+from longtail.evaluation import distributions
+from longtail.workflow import files, stage
 
 with stage.run("predictions", "alignment", "history", "out") as (args, params):
     found = evaluation.evaluate(args.predictions, args.alignment, **params["evaluate"])

@@ -1,6 +1,7 @@
 """Make one network of experts that were trained apart."""
 
-from longtail import fusion, stage
+from longtail.training import fusion
+from longtail.workflow import stage
 
 with stage.run("cells", "method", "seed", "out", "history") as (args, params):
     experts = params[f"methods.{args.method}"]["fuse"]

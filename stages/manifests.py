@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from longtail import files, manifest, stage
+from longtail.workflow import files, manifest, stage
 
 with stage.run("out") as (args, params):
     for name, text in manifest.texts(Path.cwd(), params).items():

@@ -1,6 +1,7 @@
 """Give a trained network other heads, on frozen features."""
 
-from longtail import refit, stage
+from longtail.training import refit
+from longtail.workflow import stage
 
 with stage.run("data", "model", "history", "method", "seed", "out", "history_out") as (args, params):
     settings = dict(params[f"methods.{args.method}"])

@@ -1,6 +1,7 @@
 """The plan's table, page and plots, with the published values beside ours."""
 
-from longtail import report, stage
+from longtail import report
+from longtail.workflow import stage
 
 with stage.run("plan", "cells", "published", "times", "out") as (args, params):
     report.write(

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from longtail import stage
+from longtail.workflow import stage
 
 with stage.run("table", "page") as (args, _):
     print(Path(args.table).read_text())

@@ -1,6 +1,7 @@
 """Cut a long tail into a source, and hold a part of it out."""
 
-from longtail import files, long_tail, stage
+from longtail.data import long_tail
+from longtail.workflow import files, stage
 
 with stage.run("source", "dataset", "out", "profile") as (args, params):
     settings = dict(params[f"datasets.{args.dataset}"])

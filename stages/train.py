@@ -1,6 +1,7 @@
 """Train one network: one method, one recipe, one seed."""
 
-from longtail import processes, stage, training
+from longtail import training
+from longtail.workflow import processes, stage
 
 with stage.run("data", "plan", "dataset", "recipe", "method", "seed", "model", "history") as (
     args,

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from longtail.draws import Draws
+from longtail.data.draws import Draws
 
 
 def draws(count, seed=0, rows=None):

@@ -15,8 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from longtail import batches, engine, files, inference, losses, networks, processes
-from longtail.checkpoints import Checkpoint
+from longtail import losses, networks
+from longtail.data import batches
+from longtail.training import engine, inference
+from longtail.training.checkpoints import Checkpoint
+from longtail.workflow import files, processes
 
 RECIPE = {
     "epochs": 4, "batch_size": 8, "drop_last": False, "accumulate": 1,

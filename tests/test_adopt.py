@@ -8,9 +8,9 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from longtail import adopt, probe
-from longtail import finished as locks
-from longtail.finished import Cell
+from longtail.evidence import adopt, probe
+from longtail.workflow import locks
+from longtail.workflow.cells import Cell
 
 CE = "digits_if20-digits-ce-0"
 

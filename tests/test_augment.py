@@ -12,9 +12,9 @@ from PIL import Image
 from scipy.stats import chi2, kstest
 from torchvision.transforms import v2
 
-from longtail import augment as subject
-from longtail.augment import POLICIES, augment, color_jitter, crop, cutout, flip, rotate
-from longtail.operations import hue
+from longtail.data.augmentation import augment as subject
+from longtail.data.augmentation.augment import POLICIES, augment, color_jitter, crop, cutout, flip, rotate
+from longtail.data.augmentation.operations import hue
 
 OFF = {
     "crop_padding": 0,

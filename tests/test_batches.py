@@ -9,9 +9,9 @@ import torch
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from longtail import batches as subject
-from longtail.augment import POLICIES
-from longtail.batches import (
+from longtail.data import batches as subject
+from longtail.data.augmentation.augment import POLICIES
+from longtail.data.batches import (
     Split,
     batch_generator,
     batches_per_epoch,

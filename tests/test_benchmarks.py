@@ -10,7 +10,8 @@ import yaml
 from conftest import ROOT
 from test_tracking import add_cell
 
-from longtail import batches, files, long_tail, sources
+from longtail.data import batches, long_tail, sources
+from longtail.workflow import files
 
 
 def run(monkeypatch, name: str, *flags: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from small_training import train
 
-from longtail.checkpoints import Checkpoint
+from longtail.training.checkpoints import Checkpoint
 
 PROGRAM = Path(__file__).with_name("small_training.py")
 KILLS = int(os.environ.get("LONGTAIL_TEST_KILLS", "20"))  # 100 for the long version

@@ -8,7 +8,8 @@ import pytest
 from pyarrow import parquet
 from scipy.special import log_softmax
 
-from longtail import correct, posthoc, tables
+from longtail import correct, posthoc
+from longtail.posthoc import tables
 
 
 @pytest.fixture

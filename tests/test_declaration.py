@@ -2,7 +2,7 @@
 
 import pytest
 
-from longtail import declaration
+from longtail.workflow import declaration
 
 PARAMS = "grid: {methods: [a, b], seeds: [0, 1]}\nsources: {x: {file: f}}\nflag: true\n"
 MATRIX = """

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from longtail import differences
-from longtail.differences import Spread, difference, holm, judged, of_corrections, pooled
+from longtail.report import differences
+from longtail.report.differences import Spread, difference, holm, judged, of_corrections, pooled
 
 
 def networks(rng, seeds, images, accuracy, *, sd=0.0, difficulty=None):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
-from longtail import distributions, posthoc
+from longtail import posthoc
+from longtail.evaluation import distributions
 
 COUNTS = np.array([int(500 * 0.01 ** (i / 99)) for i in range(100)])  # CIFAR-100-LT, IF 100
 

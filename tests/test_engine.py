@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from longtail import batches, engine, inference, losses, networks
-from longtail.checkpoints import Checkpoint
+from longtail import losses, networks
+from longtail.data import batches
+from longtail.training import engine, inference
+from longtail.training.checkpoints import Checkpoint
 
 pytestmark = pytest.mark.processor
 SCHEDULES = {

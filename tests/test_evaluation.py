@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from longtail import evaluation, files, inference, metrics, networks, posthoc, predictions, training
+from longtail import networks, posthoc
+from longtail.evaluation import cell as evaluation
+from longtail.evaluation import metrics
+from longtail.posthoc import predictions
+from longtail.training import cell as training
+from longtail.training import inference
+from longtail.workflow import files
 
 ALIGN = {"reading": "normalized", "weights": "balanced", "temperature": 1.0, "strength": 1.0}
 MEASURED = {"ece_bins": 15, "many_above": 100, "few_below": 20}

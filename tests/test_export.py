@@ -15,7 +15,11 @@ import onnxruntime
 import pytest
 import torch
 
-from longtail import cli, export, files, inference, networks, predictions
+from longtail import cli, networks
+from longtail.posthoc import predictions
+from longtail.tracking import export
+from longtail.training import inference
+from longtail.workflow import files
 
 NAME = "toy_if10-plain-balpoe-0"
 CLASSES = ["cat", "dog", "emu"]
@@ -68,7 +72,7 @@ def images(root) -> np.ndarray:
 @pytest.mark.parametrize("kind", export.KINDS)
 def test_the_file_gives_the_pipeline_s_logits_for_any_number_of_images(root, tmp_path, kind, correction):
     out = tmp_path / f"out/network{kind}"
-    difference = export.export(export.Cell(root, "toy", NAME, correction), out)
+    difference = export.export(export.Trained(root, "toy", NAME, correction), out)
     assert difference <= export.TOLERANCE
     for some in (images(root), images(root)[:1]):
         if kind == ".onnx":
@@ -82,7 +86,7 @@ def test_the_file_gives_the_pipeline_s_logits_for_any_number_of_images(root, tmp
 
 
 def test_the_file_needs_no_code_of_ours(root, tmp_path):
-    export.export(export.Cell(root, "toy", NAME, "none"), tmp_path / "network.pt2")
+    export.export(export.Trained(root, "toy", NAME, "none"), tmp_path / "network.pt2")
     np.save(tmp_path / "images.npy", images(root))
     program = (
         "import sys, numpy, torch; sys.modules['longtail'] = None\n"
@@ -94,7 +98,7 @@ def test_the_file_needs_no_code_of_ours(root, tmp_path):
 
 
 def test_a_file_that_answers_otherwise_is_not_written(root, tmp_path):
-    cell = export.Cell(root, "toy", NAME, "none")
+    cell = export.Trained(root, "toy", NAME, "none")
     cell.logits = cell.logits + 0.01
     with pytest.raises(ValueError, match=r"network.pt2: its logits are up to 0.01 nats from the pipeline's"):
         export.export(cell, tmp_path / "network.pt2")
@@ -148,7 +152,7 @@ def test_a_registered_cell_is_served_with_the_pipeline_s_answers(root, monkeypat
     monkeypatch.chdir(root)
     uri = f"sqlite:///{root / 'mlflow.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    cell = export.Cell(root, "toy", NAME, "aligned_on_train")
+    cell = export.Trained(root, "toy", NAME, "aligned_on_train")
     address = export.register(cell, root, name="toy", alias="champion")
     assert address == "models:/toy@champion"
     port = free_port()
@@ -191,7 +195,7 @@ def test_a_registered_cell_is_served_with_the_pipeline_s_answers(root, monkeypat
 
 def test_an_image_of_another_size_is_resized():
     """As Pillow does it; the same size stays as it is."""
-    from longtail.served import Served
+    from longtail.tracking.served import Served
 
     served = Served()
     served.about = {"height": 8, "width": 8, "channels": 3}

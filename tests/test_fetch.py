@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from longtail.sources.cifar import fetch
+from longtail.data.sources.cifar import fetch
 
 DATA = bytes(range(256)) * 4000  # 1,024,000 bytes
 MD5 = hashlib.md5(DATA).hexdigest()

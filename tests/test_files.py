@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from longtail import files
+from longtail.workflow import files
 
 
 def test_json_bytes_depend_on_content_alone(tmp_path):

@@ -11,7 +11,10 @@ from conftest import ROOT
 from scipy.special import log_softmax
 from scipy.stats import norm
 
-from longtail import files, fisher, long_tail, params, plots
+from longtail.data import long_tail
+from longtail.evaluation import fisher
+from longtail.report import plots
+from longtail.workflow import files, params
 
 SETTINGS = yaml.safe_load((ROOT / "params.yaml").read_text())["fisher"]
 SMALL = SETTINGS | {"classes": 4, "imbalance_factor": 20, "many_images": 1000, "few_images": [60, 100], "seeds": [0, 1],

@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
-from longtail import batches, engine, inference, long_tail, losses, networks
-from longtail.checkpoints import Checkpoint
+from longtail import losses, networks
+from longtail.data import batches, long_tail
+from longtail.training import engine, inference
+from longtail.training.checkpoints import Checkpoint
 
 STEPS, BATCH = 200, 32
 

@@ -8,10 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from longtail import files, fusion, heads, inference, networks, refit
-from longtail.batches import Split
+from longtail import heads, networks
+from longtail.data.batches import Split
 from longtail.heads import tau_norm
 from longtail.heads.lws import Scaled
+from longtail.training import fusion, inference, refit
+from longtail.workflow import files
 
 SETTINGS = {"channels": 1, "classes": 3, "depth": 8, "width": 4, "mean": [0.3], "std": [0.3]}
 WAYS = {

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from longtail import fused, kernels, networks
+from longtail import networks
+from longtail.networks import fused, kernels
 
 pytestmark = pytest.mark.processor
 COMPILERS = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]

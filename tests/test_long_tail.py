@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longtail import long_tail
+from longtail.data import long_tail
 
 PROFILES = st.sampled_from(["exponential", "step"])
 BALANCED = np.repeat(np.arange(5), 60)

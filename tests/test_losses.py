@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from longtail import losses, params
+from longtail import losses
 from longtail.losses.class_balanced import weights
+from longtail.workflow import params
 
 FOLDER = Path(losses.__file__).parent
 METHODS = sorted(file.stem for file in FOLDER.glob("*.py") if file.stem != "__init__")

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from longtail import manifest
+from longtail.workflow import manifest
 
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 MANIFESTS = manifest.texts(ROOT, PARAMS)

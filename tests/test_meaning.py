@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from longtail import meaning
+from longtail.workflow import meaning
 
 BASE = {
     "a.py": '''

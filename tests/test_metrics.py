@@ -12,7 +12,7 @@ from sklearn.metrics import (
 )
 from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
 
-from longtail import metrics
+from longtail.evaluation import metrics
 
 SETTINGS = {"ece_bins": 15, "many_above": 100, "few_below": 20}
 

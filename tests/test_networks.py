@@ -10,7 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 from torchvision.models.resnet import BasicBlock
 
-from longtail import batches, engine, inference, losses, networks, params
+from longtail import losses, networks
+from longtail.data import batches
+from longtail.training import engine, inference
+from longtail.workflow import params
 
 RGB = {"mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}
 

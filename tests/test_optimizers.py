@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from longtail import optimizers
+from longtail.training import optimizers
 
 pytestmark = pytest.mark.processor
 SHAPES = [(4, 3, 3, 3), (8, 4, 3, 3), (8, 4, 3, 3), (40, 4, 3, 3)]  # wide, wide twice, tall

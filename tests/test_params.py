@@ -7,7 +7,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from longtail import networks, params
+from longtail import networks
+from longtail.workflow import params
 
 GOOD = yaml.safe_load((ROOT / "params.yaml").read_text())
 

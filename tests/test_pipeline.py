@@ -14,8 +14,9 @@ from conftest import ROOT
 from dvc.repo import Repo
 from ruamel.yaml import main
 
-from longtail import cli, declaration, manifest, pipeline
-from longtail.finished import STAGES
+from longtail import cli
+from longtail.workflow import declaration, manifest, pipeline
+from longtail.workflow.locks import STAGES
 
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 

@@ -13,7 +13,7 @@ from scipy.stats import chi2
 from torchvision import transforms
 from torchvision.transforms import autoaugment as torchvision_policies
 
-from longtail.policies import (
+from longtail.data.augmentation.policies import (
     AUTOAUGMENT,
     BINS,
     ENHANCEMENTS,

@@ -14,7 +14,8 @@ import torch
 from small_training import split, train
 from torch import nn
 
-from longtail import engine, processes
+from longtail.training import engine
+from longtail.workflow import processes
 
 PROGRAM = Path(__file__).with_name("small_training.py")
 

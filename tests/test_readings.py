@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 from sklearn.base import clone
 
-from longtail import files, metrics, plots, posthoc, readings
+from longtail import posthoc
+from longtail.evaluation import metrics, readings
+from longtail.report import plots
+from longtail.workflow import files
 
 SETTINGS = {"many_above": 100, "few_below": 20, "ece_bins": 15}
 COUNTS = np.array([200, 60, 12])

@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from longtail import answers, differences, evaluation, files, outcomes, plots, report
+from longtail.evaluation import cell as evaluation
+from longtail.report import answers, differences, outcomes, plots
+from longtail.report import page as report
+from longtail.workflow import files
 
 PLAN = {
     "datasets": ["toy_if10"],

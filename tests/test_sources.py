@@ -24,8 +24,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from test_fetch import serve
 
-from longtail import sources
-from longtail.long_tail import check_source
+from longtail.data import sources
+from longtail.data.long_tail import check_source
 
 read_cifar, read_digits = sources.load("cifar"), sources.load("digits")
 

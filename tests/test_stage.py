@@ -6,8 +6,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from longtail import manifest, stage
-from longtail.stage import Stage
+from longtail.workflow import manifest, stage
+from longtail.workflow.stage import Stage
 
 MANIFEST = "stages/code/work.txt"
 

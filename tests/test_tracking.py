@@ -19,12 +19,16 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from longtail import files, live, outcomes, tracking
-from longtail.evaluation import pack
-from longtail.finished import TrackingError
-from longtail.live import Live, fingerprint
-from longtail.outcomes import CELL_FILES
-from longtail.tracking import sync, track
+from longtail.evaluation.cell import pack
+from longtail.report import outcomes
+from longtail.tracking import live
+from longtail.tracking import runs as tracking
+from longtail.tracking.live import Live
+from longtail.tracking.runs import sync, track
+from longtail.workflow import files
+from longtail.workflow.fingerprint import fingerprint
+from longtail.workflow.locks import TrackingError
+from longtail.workflow.pipeline import CELL_FILES
 
 SRC = Path(live.__file__).parents[1]
 COLUMNS = ["epoch", "lr", "loss", "train_accuracy", "held_out_accuracy", "test_accuracy"]
@@ -471,7 +475,7 @@ def test_fingerprint_is_that_of_the_facts() -> None:
 
 
 def test_training_does_not_import_mlflow() -> None:
-    code = "import sys, longtail.live; assert not {'mlflow', 'numpy'} & set(sys.modules)"
+    code = "import sys, longtail.tracking.live; assert not {'mlflow', 'numpy'} & set(sys.modules)"
     environment = os.environ | {"PYTHONPATH": str(SRC)}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
@@ -512,7 +516,7 @@ def test_a_killed_training_that_goes_on_is_one_run(root: Path, monkeypatch: pyte
     monkeypatch.setenv("LONGTAIL_LIVE_AFTER", "0")
     training = add_cell(root, "gala", accuracy=0.75)
     code = (
-        "import json, os, signal, sys; from longtail.live import Live\n"
+        "import json, os, signal, sys; from longtail.tracking.live import Live\n"
         "curves = Live(json.loads(sys.argv[1]), sys.argv[2], {'method': {'tau': 1.0}}).__enter__()\n"
         "for epoch in (1, 2, 3): curves.log(epoch, {'loss': 2 / epoch})\n"
         "os.kill(os.getpid(), signal.SIGKILL)"

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from longtail import verify
+from longtail.evidence import verify
 
 PLAN = "quick"
 CELL = "digits_if20-digits-ce-0"

@@ -11,10 +11,10 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
-from longtail import files, pipeline
-from longtail import params as schema
-from longtail.finished import MAKERS, STAGES
-from longtail.pipeline import SHARED
+from longtail.workflow import files, pipeline
+from longtail.workflow import params as schema
+from longtail.workflow.locks import MAKERS, STAGES
+from longtail.workflow.pipeline import SHARED
 
 
 def cells(plan: dict[str, Any]) -> list[str]:
@@ -169,12 +169,12 @@ def main() -> None:
     parser = arguments()
     args, rest = parser.parse_known_args()
     if args.command == "correct":  # the one that needs no repository
-        from longtail import correct  # a second: not for the other commands
+        from longtail import correct
 
         correct.main(rest)
         return
     if args.command == "probe":
-        from longtail import probe  # torch: seconds
+        from longtail.evidence import probe
 
         probe.main()
         return
@@ -197,7 +197,7 @@ def main() -> None:
                 files.write_text(pipeline.file(plan), text)
                 print(pipeline.file(plan))
         if args.command == "verify":
-            from longtail import verify  # two seconds, for the pictures
+            from longtail.evidence import verify
 
             params = schema.load()
             chosen = args.plan or verify.with_results(".", params["plans"])
@@ -205,7 +205,7 @@ def main() -> None:
             print("\n".join(wrong) or f"as committed: {', '.join(chosen)}")
             sys.exit(1 if wrong else 0)
         if args.command == "adopt":
-            from longtail import adopt, verify
+            from longtail.evidence import adopt, verify
 
             params = schema.load()
             if repro("-q", "-s", f"{SHARED}:check", f"{SHARED}:manifests"):
@@ -213,13 +213,14 @@ def main() -> None:
             chosen = args.plan or verify.with_results(".", params["plans"])
             sys.exit(min(1, adopt.adopt(Path.cwd(), params, chosen, args.only, args.steps)))
         if args.command == "track":
-            from longtail import tracking  # two seconds: not for the other commands
+            from longtail import tracking
 
             tracking.track(Path.cwd(), args.plan or None)
         if args.command in ("export", "register"):
-            from longtail import export, tracking  # seconds as well
+            from longtail import tracking
+            from longtail.tracking import export
 
-            chosen = export.Cell(Path.cwd(), args.plan, args.cell, args.correction)
+            chosen = export.Trained(Path.cwd(), args.plan, args.cell, args.correction)
             if args.command == "export":
                 difference = export.export(chosen, args.out)
                 print(

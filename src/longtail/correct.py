@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 from scipy.special import log_softmax
 
-from longtail import files, metrics, posthoc, tables
+from longtail import posthoc
+from longtail.evaluation import metrics
+from longtail.posthoc import tables
+from longtail.workflow import files
 
 CORRECTIONS: dict[str, type[posthoc.Correction]] = {
     "energy": posthoc.EnergyAligning,

@@ -1,9 +1,9 @@
 """Second stages: a new head on the frozen features of a trained network, one way a file (Kang et al., ICLR 2020).
 
 `heads/<way>.py` exports `refit(head, known, **the method's block)`, which returns the new head; a method's block names
-its way (`refit: crt`) or has its name. The keyword-only arguments, annotated with longtail.ranges, are the schema of
-the block. Features are those of the training images without augmentation: computed once, so that a stage takes
-seconds. The paper (arXiv:1910.09217) trains its second stage on augmented images.
+its way (`refit: crt`) or has its name. The keyword-only arguments, annotated with longtail.workflow.ranges, are the
+schema of the block. Features are those of the training images without augmentation: computed once, so that a stage
+takes seconds. The paper (arXiv:1910.09217) trains its second stage on augmented images.
 """
 
 import math

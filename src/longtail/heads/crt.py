@@ -3,7 +3,7 @@
 from torch import nn
 
 from longtail import heads, networks
-from longtail.ranges import Count, NotNegative, Positive
+from longtail.workflow.ranges import Count, NotNegative, Positive
 
 
 def refit(

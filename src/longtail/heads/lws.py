@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from longtail import heads, networks
-from longtail.ranges import Count, NotNegative, Positive
+from longtail.workflow.ranges import Count, NotNegative, Positive
 
 
 class Scaled(nn.Module):

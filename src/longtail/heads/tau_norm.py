@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from longtail import heads, metrics, networks
-from longtail.ranges import Numbers
+from longtail import heads, networks
+from longtail.evaluation import metrics
+from longtail.workflow.ranges import Numbers
 
 
 def refit(head: nn.Module, known: heads.Known, *, taus: Numbers) -> nn.Module:

@@ -2,7 +2,7 @@
 
 A method is a block under `methods` in params.yaml; its loss is the one that the block names (`loss: gala`), or that of
 its own name. A loss is `Loss(class_counts, **the rest of the block)` and is called with logits of shape (E, B, C) and
-labels of shape (B,). Its keyword-only arguments, annotated with longtail.ranges, are the schema of its block.
+labels of shape (B,). Its keyword-only arguments, annotated with longtail.workflow.ranges, are the schema of its block.
 """
 
 from importlib import import_module

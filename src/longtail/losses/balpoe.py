@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longtail.losses import BaseLoss
-from longtail.ranges import Biases
+from longtail.workflow.ranges import Biases
 
 
 def biases(taus: Any) -> list[float]:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longtail.losses import BaseLoss
-from longtail.ranges import Fraction
+from longtail.workflow.ranges import Fraction
 
 
 def weights(class_counts_C: Tensor, beta: float) -> Tensor:

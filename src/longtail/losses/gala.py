@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longtail import processes
 from longtail.losses import BaseLoss
-from longtail.ranges import NotNegative
+from longtail.workflow import processes
+from longtail.workflow.ranges import NotNegative
 
 EPSILON = 1e-3  # the released constant; also the margin before the first step
 

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longtail import processes
 from longtail.losses import BaseLoss
 from longtail.losses.balpoe import biases
 from longtail.losses.gala import EPSILON
-from longtail.ranges import Biases
+from longtail.workflow import processes
+from longtail.workflow.ranges import Biases
 
 
 class Loss(BaseLoss):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longtail.losses import BaseLoss
-from longtail.ranges import NotNegative
+from longtail.workflow.ranges import NotNegative
 
 
 class Loss(BaseLoss):

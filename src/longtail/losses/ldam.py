@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longtail.losses import BaseLoss, class_balanced
-from longtail.ranges import Fraction, NotNegative, Share
+from longtail.workflow.ranges import Fraction, NotNegative, Share
 
 
 class Loss(BaseLoss):

@@ -1,0 +1,1 @@
+"""Augmentation of whole batches: its steps, its policies, and what they do to images."""

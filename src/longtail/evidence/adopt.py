@@ -1,0 +1,335 @@
+"""Cells whose code did change and whose numbers did not, recorded as those of the new code, on evidence.
+
+The old code is taken from git: the commit that has the manifests that DVC's lock names. Old and new run beside each
+other on this machine and do the same with each cell (longtail.evidence.probe). Only where every digit and byte is the
+same does the lock get the new manifests, through DVC's own objects. The identity that the training had goes to
+stages/<plan>/adopted.csv, so that MLflow knows the run again.
+"""
+
+import fnmatch
+import hashlib
+import io
+import json
+import logging
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import IO, Any
+
+from longtail.evidence import verify
+from longtail.workflow import files, locks, manifest, pipeline
+from longtail.workflow.cells import Cell
+from longtail.workflow.locks import MAKERS, STAGE_NAME, STAGES
+
+ADOPTED = ("stage", "was", "now", "code", "how")  # columns of adopted.csv
+STEPS = 5
+EMULATED = ", emulated"  # what longtail.evidence.probe says of a precision that the processor does not do
+
+
+@dataclass
+class Stale:
+    """A cell of which only the code has changed.
+
+    Attributes:
+        cell: which.
+        stages: its stages in the lock, in order: {name: entry}.
+        changed: of those that are stale, the manifest that the lock has: {name: (path, MD5)}.
+        bases: stages of other cells that its own start from, in order.
+    """
+
+    cell: Cell
+    stages: dict[str, dict[str, Any]]
+    changed: dict[str, tuple[str, str]]
+    bases: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def adopt(root: Path, params: Mapping[str, Any], plans: Sequence[str], only: str = "*", steps: int = STEPS) -> int:
+    """Adopt the stale cells of the plans, a printed line each; returns how many were not.
+
+    Args:
+        params: the content of params.yaml.
+        only: pattern of <dataset>-<recipe>-<method>-<seed>.
+        steps: of each epoch that is begun.
+
+    Raises ValueError for an unknown plan.
+    """
+    cells = [one for one in stale(root, params, plans) if fnmatch.fnmatchcase(one.cell.name, only)]
+    if not cells:
+        print("nothing to adopt: no cell is of other code than there is")
+        return 0
+    refused = 0
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="longtail-adopt-")))
+        here = stack.enter_context(worker(root))
+        old: dict[str, Worker] = {}
+        for one in cells:
+            try:
+                commit = commit_of(root, one.changed)
+                if commit not in old:
+                    tree = checkout(root, commit, scratch / commit)
+                    old[commit] = stack.enter_context(worker(tree))
+                trouble = compare(root, one, old[commit], here, scratch, steps)
+                if not trouble:
+                    record(root, one, commit)
+            except ValueError as error:
+                trouble = str(error)
+            refused += bool(trouble)
+            what = f"refused  {one.cell.plan} {one.cell.name}: {trouble}" if trouble else (
+                f"adopted  {one.cell.plan} {one.cell.name}: {', '.join(name.split('-')[0] for name in one.changed)}"
+            )  # fmt: skip
+            print(what, flush=True)
+    return refused
+
+
+def stale(root: Path, params: Mapping[str, Any], plans: Sequence[str]) -> list[Stale]:
+    """The cells with stages of other code than there is, and nothing else that has changed.
+
+    Raises ValueError for an unknown plan.
+    """
+    for plan in plans:
+        if plan not in params["plans"]:
+            raise ValueError(f"plan {plan!r} is not in params.yaml; there are {', '.join(params['plans'])}")
+    lock = locks.read_locks(root)
+    now = {f"{manifest.FOLDER}/{name}.txt": text for name, text in manifest.texts(root, params).items()}
+    names = verify.targets(root, {plan: params["plans"][plan] for plan in plans})
+    otherwise = {  # moved for another reason than its code: that needs a run, not an adoption
+        line.split(":")[0] for line in verify.moved(root, names) if f" {manifest.FOLDER}/" not in line
+    }
+    made = {out["path"]: name for name, entry in lock.items() for out in entry.get("outs", ())}
+    cells: dict[Cell, Stale] = {}
+    order = {kind: place for place, kind in enumerate((*MAKERS.values(), *STAGES[1:], "compare"))}
+    for name in sorted(names, key=lambda name: order.get(name.split("-")[0], 0)):
+        match = STAGE_NAME.fullmatch(name)
+        if match is None:
+            continue  # a report: seconds for `dvc repro`
+        cell = Cell(**match.groupdict())
+        one = cells.setdefault(cell, Stale(cell, {}, {}))
+        one.stages[name] = lock[name]
+        for dep in lock[name].get("deps", ()):
+            if dep["path"] in now and dep.get("md5") != md5(now[dep["path"]]):
+                one.changed[name] = (dep["path"], dep["md5"])
+            other = made.get(dep["path"], name)
+            if STAGE_NAME.fullmatch(other) and not other.endswith(f"@{cell.name}"):
+                one.bases[other] = lock[other]
+    return [one for one in cells.values() if one.changed and not otherwise & one.stages.keys()]
+
+
+def md5(text: str | bytes) -> str:
+    """As DVC has it."""
+    return hashlib.md5(text if isinstance(text, bytes) else text.encode(), usedforsecurity=False).hexdigest()
+
+
+# --- the old code -------------------------------------------------------------------------------------------
+
+
+def git(root: Path, *args: str) -> bytes:
+    """The output of a git command; empty where it fails."""
+    return subprocess.run(["git", *args], cwd=root, capture_output=True, check=False).stdout
+
+
+@cache
+def content_at(root: Path, commit: str, path: str) -> str:
+    """The MD5 of a file of a commit."""
+    return md5(git(root, "show", f"{commit}:{path}"))
+
+
+@cache
+def commits(root: Path, path: str) -> list[str]:
+    """The commits after which a file was changed, newest first, HEAD before them all."""
+    touched = git(root, "log", "--format=%H", "--", path).decode().split()
+    before = git(root, "log", "--format=%P", "--", path).decode().split()
+    head = git(root, "rev-parse", "HEAD").decode().split()
+    return [*dict.fromkeys([*head, *before, *touched])]
+
+
+def commit_of(root: Path, changed: Mapping[str, tuple[str, str]]) -> str:
+    """The latest commit that has the manifests of these stages.
+
+    Raises ValueError when there is none.
+    """
+    for path, _ in changed.values():
+        for commit in commits(root, path):
+            if all(content_at(root, commit, one) == was for one, was in changed.values()):
+                return commit
+    path, was = next(iter(changed.values()))
+    raise ValueError(
+        f"no commit here has the code that it is of ({path} with MD5 {was}): "
+        "was it never committed, or is the history cut off?"
+    )
+
+
+def checkout(root: Path, commit: str, folder: Path) -> Path:
+    """The files of a commit, in a folder of their own."""
+    with tarfile.open(fileobj=io.BytesIO(git(root, "archive", commit))) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+# --- old and new beside each other --------------------------------------------------------------------------
+
+
+@dataclass
+class Worker:
+    """A process that runs longtail.evidence.probe with the code of a tree."""
+
+    tree: Path
+    process: "subprocess.Popen[str]"
+
+    def ask(self, job: Mapping[str, Any]) -> None:
+        """Send a job."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps({**job, "tree": str(self.tree)}) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # its answer says so
+
+    def answer(self) -> dict[str, Any]:
+        """What it found. Raises ValueError when it could not look."""
+        output: IO[str] | None = self.process.stdout
+        line = output.readline() if output else ""
+        found: dict[str, Any] = json.loads(line) if line else {"error": "it ended without an answer"}
+        if "error" in found:
+            raise ValueError(f"the code in {self.tree} failed: {found['error']}")
+        return found
+
+
+@contextmanager
+def worker(tree: Path) -> Iterator[Worker]:
+    """A process with the code of `tree`, one thread, no tracking; it ends with the block."""
+    env = {key: value for key, value in os.environ.items() if key not in ("DVC_STAGE", "LONGTAIL_PROCESSES")}
+    env |= {
+        "PYTHONPATH": str(tree / "src"),
+        "OMP_NUM_THREADS": "1",
+        "LONGTAIL_LIVE_AFTER": "off",
+        "LONGTAIL_QUIET": "1",
+    }
+    command = [sys.executable, "-m", "longtail.cli", "probe"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tree, env=env, text=True
+    ) as process:
+        try:
+            yield Worker(tree, process)
+        finally:
+            process.kill()
+
+
+def compare(root: Path, one: Stale, old: Worker, new: Worker, scratch: Path, steps: int) -> str:
+    """The first difference between what old and new code do with a cell; empty when there is none.
+
+    Raises ValueError when one of them fails, and when the cell cannot be looked at on this machine.
+    """
+    about = job(root, one, steps)
+    folders = [Path(tempfile.mkdtemp(dir=scratch)) for _ in range(2)]
+    for process, folder in zip((old, new), folders, strict=True):
+        process.ask({**about, "folder": str(folder)})
+    was, now = old.answer(), new.answer()
+    if any(place.endswith(EMULATED) for place in now["states"]) and (kernels := changed_kernels(root, one, old.tree)):
+        raise ValueError(
+            f"{kernels} changed, and this processor does not do the precision that the cell was trained in"
+        )
+    return difference(was["states"], now["states"]) or other_bytes(was["written"], now["written"])
+
+
+def changed_kernels(root: Path, one: Stale, old: Path) -> str:
+    """The compiled files among the definitions that changed: what they do depends on the processor."""
+    titles: set[str] = set()
+    for path, _ in one.changed.values():
+        was, now = (manifest.entries((tree / path).read_text()) for tree in (old, root))
+        titles |= {title for title, _ in was ^ now}
+    return ", ".join(sorted(title for title in titles if title.endswith(".cpp")))
+
+
+def job(root: Path, one: Stale, steps: int) -> dict[str, Any]:
+    """What longtail.evidence.probe is to do with a cell.
+
+    Raises ValueError when its data are not there.
+    """
+    entries = {**one.bases, **one.stages}
+    data, stages = {}, []
+    for name, entry in entries.items():
+        outs = [out["path"] for out in entry.get("outs", ())]
+        stages.append({"argv": entry["cmd"].split()[1:], "params": locks.keys(entry), "outs": outs})
+        for dep in entry.get("deps", ()):
+            if dep["path"].startswith("data/"):
+                data[dep["path"]] = str(root / dep["path"])
+                if not (root / dep["path"]).exists() or md5((root / dep["path"]).read_bytes()) != dep["md5"]:
+                    made = f"{pipeline.SHARED}:subsample@{Path(dep['path']).stem}"
+                    raise ValueError(f"{dep['path']} is not there as {name} read it; `dvc repro {made}` makes it")
+    first = next(iter(one.stages))
+    training = None
+    if first in one.changed and first.startswith("train-"):
+        read = locks.keys(one.stages[first])
+        training = {
+            "data": str(root / "data" / "long_tail" / f"{one.cell.dataset}.npz"),
+            "recipe": read[f"recipes.{one.cell.recipe}"], "method": one.cell.method,
+            "block": read[f"methods.{one.cell.method}"], "seed": int(one.cell.seed),
+        }  # fmt: skip
+    return {"stages": stages, "data": data, "training": training, "steps": steps}
+
+
+def difference(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The first other digit of a loss, else the first epoch whose weights differ; empty when all is the same."""
+    if was.keys() != now.keys():
+        return f"looked at {', '.join(was)} and now at {', '.join(now)}"
+    for place in was:
+        for step, (old, new) in enumerate(zip(was[place]["losses"], now[place]["losses"], strict=True), 1):
+            if old != new:
+                same = next((n for n, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), 0)
+                shown = [f"{text[:same]}[{text[same : same + 1]}]{text[same + 1 :]}" for text in (old, new)]
+                return f"{place}, step {step}: the loss was {shown[0]} and is {shown[1]}"
+        if was[place]["weights"] != now[place]["weights"]:
+            return f"{place}: the losses are the same, the weights after them are not"
+    return ""
+
+
+def other_bytes(was: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """The first file that the stages write otherwise."""
+    for path in sorted(was.keys() | now.keys()):
+        if was.get(path) != now.get(path):
+            how = (
+                "other bytes" if path in was and path in now else "not written" if path in was else "not written before"
+            )
+            return f"on a small copy of the data, {path}: {how}"
+    return ""
+
+
+# --- the record ---------------------------------------------------------------------------------------------
+
+
+def record(root: Path, one: Stale, commit: str) -> None:
+    """Give the lock's entries of a cell the manifests of the code that there is; keep the identity of its training."""
+    from dvc.repo import Repo  # half a second: only where there is something to write
+    from dvc_data.hashfile.hash_info import HashInfo
+    from dvc_data.hashfile.meta import Meta
+
+    logging.getLogger("dvc").setLevel(logging.WARNING)  # it says so of each cell
+    file = pipeline.file(one.cell.plan)
+    before = locks.read_lock(root / pipeline.lock(file))
+    with Repo(str(root)) as repo, repo.lock:
+        stages = [repo.stage.get_target(f"{root / file}:{name}") for name in one.changed]
+        for stage in stages:
+            path, was = one.changed[stage.name]
+            content = (root / path).read_bytes()
+            for dep in stage.deps:
+                if dep.fs_path == str(root / path) and dep.hash_info.value == was:
+                    dep.hash_info, dep.meta = HashInfo("md5", md5(content)), Meta(size=len(content))
+        stages[0].dvcfile._lockfile.dump_stages(stages)
+    after = locks.read_lock(root / pipeline.lock(file))
+    kept = root / pipeline.adopted(one.cell.plan)
+    rows = files.read_csv(kept) if kept.exists() else []
+    rows += [
+        {"stage": name, "was": locks.identity(before[name]), "now": locks.identity(after[name]),
+         "code": commit[:10], "how": "adopted"}
+        for name in one.changed
+        if name.split("-")[0] in MAKERS.values()
+    ]  # fmt: skip
+    if rows:
+        files.write_csv(kept, rows, ADOPTED)

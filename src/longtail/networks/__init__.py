@@ -1,0 +1,43 @@
+"""ResNets for small and large images, experts on a shared trunk; on a CPU around compiled kernels."""
+
+from longtail.networks.resnets import (
+    ARCHITECTURES,
+    HEADS,
+    Apart,
+    Block,
+    CosineHead,
+    LargeResNet,
+    LinearHead,
+    Network,
+    ResNet,
+    build,
+    compiled,
+    kind_of,
+    load,
+    product,
+    same_kind,
+    save,
+    scaled_head,
+    to_bytes,
+)
+
+__all__ = [
+    "ARCHITECTURES",
+    "HEADS",
+    "Apart",
+    "Block",
+    "CosineHead",
+    "LargeResNet",
+    "LinearHead",
+    "Network",
+    "ResNet",
+    "build",
+    "compiled",
+    "kind_of",
+    "load",
+    "product",
+    "same_kind",
+    "save",
+    "scaled_head",
+    "to_bytes",
+]

@@ -1,0 +1,162 @@
+"""Energy aligning (arXiv, see docs/methods.md): the readings of the paper's energy, and the estimator."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from scipy.special import log_softmax, logsumexp
+
+from longtail.posthoc.correction import Correction
+from longtail.posthoc.inputs import as_labels, as_numpy, check, counts_of, slices
+
+# (logits, labels, weights (N,), temperature) -> energies (C,) in float64
+Reading = Callable[[np.ndarray, np.ndarray, np.ndarray, float], np.ndarray]
+
+
+def all_samples(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray, t: float) -> np.ndarray:
+    """Each class's logit on every sample."""
+    highest = np.full(logits.shape[1], -np.inf)
+    total = np.zeros(logits.shape[1])
+    for where, part in slices(logits):
+        before, highest = highest, np.maximum(highest, part.max(0))
+        with np.errstate(over="ignore"):
+            total *= np.exp((before - highest) / t)
+        terms = np.exp((part - highest.astype(part.dtype)) / part.dtype.type(t))
+        total += weights[where].astype(part.dtype) @ terms
+    return -highest - t * np.log(total)
+
+
+def own_samples(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray, t: float) -> np.ndarray:
+    """Each class's logit on the samples of that class."""
+    counts = counts_of(labels, logits.shape[1], "own_samples")
+    own = logits[np.arange(len(labels)), labels].astype(np.float64) / t
+    highest = np.full(len(counts), -np.inf)
+    np.maximum.at(highest, labels, own)
+    total = np.bincount(labels, np.exp(own - highest[labels]), len(counts))
+    return -t * (highest + np.log(total / counts))
+
+
+def mean_energy(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray, t: float) -> np.ndarray:
+    """Minus each class's mean logit: `all_samples` at a high temperature."""
+    return -sum(weights[where] @ part for where, part in slices(logits))
+
+
+def normalized(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray, t: float) -> np.ndarray:
+    """`all_samples` of log p(y|x): whatever is added to all logits of a sample changes nothing."""
+    total = np.zeros(logits.shape[1])
+    for where, part in slices(logits):
+        terms = np.exp((part - part.max(1, keepdims=True)) / part.dtype.type(t))
+        total += (weights[where] / terms.sum(1, dtype=np.float64)).astype(part.dtype) @ terms
+    lost = np.flatnonzero(total < 1e-30)  # too small for the sum above; in logarithms nothing is
+    energies = -t * np.log(np.where(total < 1e-30, 1.0, total))
+    if len(lost):
+        rows = [log_softmax(part.astype(np.float64) / t, axis=1)[:, lost] for _, part in slices(logits)]
+        energies[lost] = -t * logsumexp(np.concatenate(rows), axis=0, b=weights[:, None])
+    return energies
+
+
+READINGS: dict[str, Reading] = {
+    "all_samples": all_samples,
+    "own_samples": own_samples,
+    "mean_energy": mean_energy,
+    "normalized": normalized,
+}
+
+
+WEIGHTS = ("balanced", "uniform")
+
+
+def sample_weights(labels: np.ndarray, weights: str) -> np.ndarray:
+    """Weights (N,) that sum to one: the same for every sample, or for every class that occurs."""
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights {weights!r}; allowed are {', '.join(WEIGHTS)}")
+    if weights == "uniform":
+        return np.full(len(labels), 1 / len(labels))
+    _, index, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    return 1 / (len(counts) * counts[index])
+
+
+def free_energy(
+    logits: Any, labels: Any, *, reading: str = "normalized", weights: str = "balanced", temperature: float = 1.0
+) -> np.ndarray:
+    """The free energy (C,) of each class, in float64 and nats: see `EnergyAligning`.
+
+    Raises ValueError for logits or labels that `check` refuses, for an unknown reading or weights, and for a class
+    without a sample where the reading needs one.
+    """
+    values, known = as_numpy(logits), as_labels(labels)
+    check(values, known)
+    if reading not in READINGS:
+        raise ValueError(f"reading {reading!r}; allowed are {', '.join(READINGS)}")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; allowed are numbers above 0")
+    return READINGS[reading](values, known, sample_weights(known, weights), temperature)
+
+
+class EnergyAligning(Correction):
+    """Energy aligning (Zhao et al. 2021, arXiv:2106.03343): shift each logit so that free energies are equal.
+
+    With E(x, y) = -z_y(x), the free energy of class y over samples S with weights w that sum to one is
+
+        F(y) = -T log( sum over x in S of w(x) exp(z_y(x) / T) )
+
+    and p(y) is proportional to exp(-F(y) / T), so under a uniform prior all F are equal. Adding s_y to logit y makes
+    F(y) - s_y of it: s_y = strength * (F(y) - reference). The paper states the idea; its formula is not public, hence
+    the readings.
+
+    Args:
+        reading: what S and z are. all_samples: every sample; own_samples: those of class y; mean_energy: every
+            sample, F(y) = minus the mean logit; normalized: every sample, log p(y|x) in place of z.
+        weights: balanced: every class of S counts the same, so a network that is balanced already is not shifted for
+            the long tail of S; uniform: every sample does, so a calibrated network's shift is -log prior of S.
+        temperature: T.
+        strength: 1 aligns fully, 0 not at all.
+        reference: mean (of F over classes), or the class whose logit stays.
+        groups: (C,) whole numbers: one shift for each group of classes, as between old and new classes in
+            class-incremental learning; its F is -T log of the mean of exp(-F(y) / T) in the group.
+
+    Attributes:
+        energy_: (C,) the free energies before.
+    """
+
+    energy_: np.ndarray
+
+    def __init__(
+        self,
+        reading: str = "normalized",
+        weights: str = "balanced",
+        temperature: float = 1.0,
+        strength: float = 1.0,
+        reference: str | int = "mean",
+        groups: Any = None,
+    ):
+        self.reading, self.weights, self.temperature, self.strength = reading, weights, temperature, strength
+        self.reference, self.groups = reference, groups
+
+    def _fit(self, logits: np.ndarray, labels: np.ndarray) -> None:
+        classes = logits.shape[1]
+        self.energy_ = self.energies(logits, labels)
+        energy = self.energy_
+        if self.groups is not None:
+            groups = as_numpy(self.groups)
+            if groups.shape != (classes,) or groups.dtype.kind not in "iu":
+                raise ValueError(f"groups are {groups.dtype} {groups.shape}; expected {classes} whole numbers")
+            energy = energy.copy()
+            for group in np.unique(groups):
+                own, t = groups == group, self.temperature
+                energy[own] = -t * (logsumexp(-energy[own] / t) - np.log(own.sum()))
+        if isinstance(self.reference, str):
+            if self.reference != "mean":
+                raise ValueError(f"reference = {self.reference!r}; allowed are 'mean' and a class")
+            reference = energy.mean()
+        else:
+            if not 0 <= self.reference < classes:
+                raise ValueError(f"reference = {self.reference}; allowed are 'mean' and 0 to {classes - 1}")
+            reference = energy[self.reference]
+        self.shift_ = self.strength * (energy - reference)
+
+    def energies(self, logits: Any, labels: Any) -> np.ndarray:
+        """The free energies (C,) of logits, with this one's settings: of corrected ones, how equal they have become."""
+        return free_energy(
+            logits, labels, reading=self.reading, weights=self.weights, temperature=self.temperature
+        )  # fmt: skip

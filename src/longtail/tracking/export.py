@@ -1,0 +1,204 @@
+"""A trained cell as a file that needs no code of ours, and in MLflow's model registry.
+
+The file holds normalisation, network, the product of its experts and a correction of its logits: images in, logits and
+probabilities out. ONNX runs in any ONNX runtime, .pt2 (torch.export) in plain PyTorch.
+
+N images, H x W pixels, C classes.
+"""
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from longtail import networks, posthoc, tracking
+from longtail.posthoc import predictions
+from longtail.workflow import cells, files
+
+KINDS = (".onnx", ".pt2")
+INPUT, OUTPUTS = "images", ("logits", "probabilities")
+TOLERANCE = 1e-3  # nats between the file's logits and the pipeline's: other libraries round otherwise
+CHECKED = 256  # test images that the file is tried on
+SERVED = Path(__file__).with_name("served.py")
+
+
+class Deployed(nn.Module):
+    """Images as they are decoded, uint8 (N, H, W, channels), to corrected logits and probabilities (N, C)."""
+
+    mean: Tensor
+    std: Tensor
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, network: networks.Network, correction: posthoc.Correction):
+        super().__init__()
+        self.network = network
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(network.settings[name]).view(-1, 1, 1))
+        self.register_buffer("scale", torch.as_tensor(correction.scale_, dtype=torch.float32))
+        self.register_buffer("shift", torch.as_tensor(correction.shift_, dtype=torch.float32))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        x = (images.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+        logits = self.scale * networks.product(self.network(x)) + self.shift
+        return logits, logits.softmax(1)
+
+
+class Trained:
+    """What a finished cell left: network, corrections, class names, test images and their logits.
+
+    Args:
+        root: of the repository.
+        plan, name: the cell `<dataset>-<recipe>-<method>-<seed>` of a plan.
+        correction: none, or a name in the cell's alignment.json.
+
+    Raises ValueError that names the command where the cell has not run, and the corrections there are.
+    """
+
+    def __init__(self, root: Path, plan: str, name: str, correction: str):
+        self.title = f"{plan}@{name}"
+        cell = cells.Cell.parse(plan, name)
+        runs = root / cell.runs
+        if not (runs / "alignment.json").is_file():
+            raise ValueError(f"{runs}: no finished cell; `longtail run {plan} --only '{name}'` makes one")
+        self.network = networks.load(runs / "model" / "last.safetensors")
+        self.results = root / cell.results
+        saved = files.load_arrays(runs / "predictions.npz", "class_names", "last_test_logits", "test_labels")
+        self.classes = [str(text) for text in saved["class_names"]]
+        fitted = files.read_json(runs / "alignment.json")["last"]
+        if correction != "none" and correction not in fitted:
+            raise ValueError(f"{self.title}: no correction {correction!r}; there are none, {', '.join(sorted(fitted))}")
+        given = posthoc.Affine().fit(np.zeros((1, len(self.classes))))
+        self.correction = given if correction == "none" else posthoc.from_dict(fitted[correction])
+        self.logits = self.correction.transform(predictions.product(saved["last_test_logits"]))
+        self.images = files.load_arrays(root / "data" / "long_tail" / f"{cell.dataset}.npz", "test_images")[
+            "test_images"
+        ]
+        self.deployed = Deployed(self.network, self.correction).eval()
+
+
+def export(cell: Trained, out: str | Path) -> float:
+    """Write the cell as .onnx or .pt2; returns the largest difference of its logits on test images, in nats.
+
+    Raises ValueError for another kind of file, without the packages that ONNX needs, and where the file's logits are
+    not the pipeline's; nothing is written then.
+    """
+    out = Path(out)
+    if out.suffix not in KINDS:
+        raise ValueError(f"{out}: unknown kind {out.suffix!r}; allowed are {', '.join(KINDS)}")
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / f"network{out.suffix}"
+        run = (_onnx if out.suffix == ".onnx" else _pt2)(cell, made)
+        images = cell.images[:CHECKED]
+        difference = float(np.abs(run(images) - cell.logits[:CHECKED]).max())
+        if not difference <= TOLERANCE:
+            raise ValueError(
+                f"{out}: its logits are up to {difference:.2g} nats from the pipeline's, above {TOLERANCE:g}"
+            )
+        files.write_bytes(out, made.read_bytes())
+    return difference
+
+
+def _example(cell: Trained) -> tuple[Any, Any]:
+    """Two images, and how many there are left open."""
+    return (torch.from_numpy(cell.images[:2]),), ({0: torch.export.Dim("n")},)
+
+
+def _pt2(cell: Trained, path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    example, open_size = _example(cell)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.export.save(torch.export.export(cell.deployed, example, dynamic_shapes=open_size), path)
+        loaded = torch.export.load(path).module()
+    return lambda images: loaded(torch.from_numpy(images))[0].detach().numpy()
+
+
+def _onnx(cell: Trained, path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  # torch.onnx needs it, and says so less clearly
+    except ImportError as error:
+        raise ValueError(
+            f"ONNX needs {error.name}: pip install -c constraints.txt -e '.[export]'; .pt2 does not"
+        ) from error
+    example, open_size = _example(cell)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            cell.deployed, example, dynamo=True, dynamic_shapes=open_size, verbose=False,
+            input_names=[INPUT], output_names=[*OUTPUTS],
+        )  # fmt: skip
+    assert program is not None
+    program.save(path, external_data=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: np.asarray(session.run([OUTPUTS[0]], {INPUT: images})[0])
+
+
+def register(cell: Trained, root: Path, *, name: str, alias: str) -> str:
+    """Put the cell into MLflow's model registry, with signature and input example; returns its address.
+
+    The store is that of `longtail track`. What is served reads image files (served.py) and needs onnxruntime, numpy
+    and Pillow, nothing of this project.
+    """
+    uri, _ = tracking.location(root)
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    import mlflow
+    import pandas
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, Schema
+    from mlflow.types.schema import Map
+
+    signature = ModelSignature(
+        Schema([ColSpec(DataType.binary, "image")]),
+        Schema([ColSpec(DataType.string, "class"), ColSpec(Map(DataType.double), "probabilities")]),
+    )
+    with tracking.open_store(root) as store, tempfile.TemporaryDirectory() as folder:
+        mlflow.set_tracking_uri(uri)
+        network, about = Path(folder) / "network.onnx", Path(folder) / "about.json"
+        export(cell, network)
+        height, width, channels = cell.images.shape[1:]
+        facts = {"classes": cell.classes, "height": height, "width": width, "channels": channels, "cell": cell.title}
+        about.write_text(json.dumps(facts))
+        with mlflow.start_run(
+            run_name=f"register {cell.title}", experiment_id=store.experiment, tags={"longtail.kind": "model"}
+        ):
+            logged = mlflow.pyfunc.log_model(
+                name="model", python_model=str(SERVED), artifacts={"network": str(network), "about": str(about)},
+                signature=signature, input_example=pandas.DataFrame({"image": [encoded(cell.images[0])]}),
+                registered_model_name=name, pip_requirements=_requirements(),
+                metadata={"cell": cell.title, **_measures(cell)},
+            )  # fmt: skip
+        version = str(logged.registered_model_version)
+        store.client.set_registered_model_alias(name, alias, version)
+        store.client.set_model_version_tag(name, version, "longtail.cell", cell.title)
+    return f"models:/{name}@{alias}"
+
+
+def encoded(image: np.ndarray) -> bytes:
+    """An image (H, W, channels) as a PNG."""
+    import io
+
+    from PIL import Image
+
+    drawn = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(drawn, "PNG")
+    return drawn.getvalue()
+
+
+def _requirements() -> list[str]:
+    from importlib.metadata import version
+
+    return [f"{package}=={version(package)}" for package in ("mlflow", "numpy", "onnxruntime", "pandas", "pillow")]
+
+
+def _measures(cell: Trained) -> dict[str, Any]:
+    """The cell's accuracy, where it has been evaluated."""
+    path = cell.results / "metrics.json"
+    return {"accuracy": files.read_json(path)["last"]["raw"]["accuracy"]} if path.is_file() else {}

@@ -1,0 +1,73 @@
+"""Where a plan's stages are, stages/<plan>/dvc.yaml, and that file's text, from the one template.
+
+DVC reads and writes a whole lock file at the end of every stage: with all plans in one file, a stage of four seconds
+waited three for twenty thousand lines that were not its own. The stages that belong to no plan are in stages/dvc.yaml.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from longtail.workflow.manifest import FOLDER
+
+SHARED = "stages/dvc.yaml"
+CELL_FILES = (
+    "metrics.json",
+    "classes.csv",
+    "history.csv",
+    "distributions.csv",
+    "reliability.csv",
+    "right.csv",
+)
+TEMPLATE = "plan.yaml.j2"
+
+
+def file(plan: str) -> str:
+    """The pipeline file of a plan, relative to the repository."""
+    return f"stages/{plan}/dvc.yaml"
+
+
+def lock(pipeline: str) -> str:
+    """The lock file beside a pipeline file, with what its stages read and wrote."""
+    return pipeline.removesuffix(".yaml") + ".lock"
+
+
+def adopted(plan: str) -> str:
+    """The file that says which stages of a plan were recorded as those of later code, relative to the repository."""
+    return f"stages/{plan}/adopted.csv"
+
+
+def locks(root: Path) -> list[Path]:
+    """The lock files of all plans that have one."""
+    return sorted(root.glob(lock(file("*"))))
+
+
+def text(plan: str, params: Mapping[str, Any]) -> str:
+    """The content of a plan's pipeline file: its cells' stages, with second stages and readings where it has any.
+
+    Args:
+        params: the content of params.yaml, which fits its schema.
+
+    Raises ValueError for a plan that params.yaml does not have, and for one that cannot have a file.
+    """
+    if plan not in params["plans"]:
+        raise ValueError(f"plan {plan!r} is not in params.yaml; there are {', '.join(params['plans'])}")
+    if file(plan).startswith(f"{FOLDER}/"):
+        raise ValueError(f"plan {plan!r}: {FOLDER} is the folder of the manifests; give the plan another name")
+    block = params["plans"][plan]
+    fused = block.get("fuse", [])
+    if len(fused) > 1:  # a matrix cannot give each its own number of networks
+        raise ValueError(f"plans.{plan}.fuse = {fused}: one method at most; another plan takes the next")
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    return environment.from_string(Path(__file__).with_name(TEMPLATE).read_text()).render(
+        plan=plan,
+        refitted=bool(block.get("refit")),
+        fused="".join(fused),
+        experts=len(params["methods"][fused[0]]["fuse"]) if fused else 0,
+        readings=block.get("readings", False),
+        cell_files=sorted(CELL_FILES),
+    )

@@ -1,0 +1,171 @@
+"""What every stage script starts with: its flags, the params that it declares, and a guard.
+
+DVC records code and params as they are when a stage ENDS. A file edited while a stage runs would be recorded as the one
+that made the result; the guard compares both ends and fails the stage, so that nothing is recorded.
+"""
+
+import argparse
+import hashlib
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from longtail.workflow import declaration, manifest
+from longtail.workflow import params as schema
+from longtail.workflow.fingerprint import fingerprint
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage as DVC has it, with the facts that determine its result.
+
+    Attributes:
+        name: as in dvc.yaml, after the colon.
+        cmd: its command.
+        deps: paths of its dependencies.
+        keys: what it declares of params.yaml.
+    """
+
+    name: str
+    cmd: str
+    deps: list[str]
+    keys: list[str]
+
+    def facts(self, code: "Code") -> tuple[str, dict[str, Any]]:
+        """The fingerprint of (command, dependencies' content, declared params), and those params."""
+        values = declaration.load(Path("params.yaml"))
+        found = [(dep, code.md5(dep, values) if manifest.is_manifest(dep) else md5(dep)) for dep in self.deps]
+        params = pick(values, self.keys)
+        return fingerprint(self.cmd, found, params), params
+
+    def check_code(self, code: "Code", params: dict[str, Any]) -> None:
+        """Raise ValueError when a manifest is not that of the code that there is."""
+        for dep in self.deps:
+            if manifest.is_manifest(dep) and code.md5(dep, params) != md5(dep):
+                raise ValueError(f"{dep} is of other code than there is; run `dvc repro stages/dvc.yaml:manifests`")
+
+
+class Code:
+    """The code that there is, as manifests have it. It is parsed again only when a file has changed."""
+
+    def __init__(self) -> None:
+        self.state: list[tuple[str, str]] = []
+        self.known: dict[str, str] = {}
+
+    def md5(self, dep: str, params: dict[str, Any]) -> str:
+        """What the MD5 of a manifest would be now; empty where there is no code for it."""
+        files = [path for folder in ("src", "stages") for path in Path(folder).rglob("*") if is_code(path)]
+        state = [(str(path), md5(path)) for path in sorted(files)]
+        if state != self.state:
+            self.state, self.known = state, {}
+        if dep not in self.known:
+            name = Path(dep).stem
+            text = manifest.texts(Path.cwd(), params, [name]).get(name)
+            self.known[dep] = "" if text is None else hashlib.md5(text.encode()).hexdigest()
+        return self.known[dep]
+
+
+def is_code(path: Path) -> bool:
+    """Whether a manifest may depend on a file."""
+    return path.suffix in (".py", *manifest.BESIDE)
+
+
+def pick(values: dict[str, Any], keys: list[str]) -> dict[str, Any]:
+    """The dotted keys of nested `values`, as {key: value}; KeyError names one that is not there."""
+    picked = {}
+    for key in keys:
+        value: Any = values
+        for part in key.split("."):
+            if not isinstance(value, dict) or part not in value:
+                raise KeyError(f"params.yaml has no {key}")
+            value = value[part]
+        picked[key] = value
+    return picked
+
+
+def md5(path: str | Path) -> str:
+    """The MD5 of a file as DVC has it; of a folder, one over its files' names and MD5s (the guard's own)."""
+    path = Path(path)
+    if path.is_dir():
+        lines = [f"{file.relative_to(path)} {md5(file)}" for file in sorted(path.rglob("*")) if file.is_file()]
+        return hashlib.md5("\n".join(lines).encode()).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
+
+
+def declared() -> Stage:
+    """The stage that DVC is running (it says so in DVC_STAGE).
+
+    Raises SystemExit when no `dvc repro` runs this.
+    """
+    address = os.environ.get("DVC_STAGE")
+    if not address:
+        sys.exit(f"{sys.argv[0]} is a stage of the pipeline: run it with `dvc repro`, see README.md")
+    if found := declaration.read(address):
+        return Stage(address.rpartition(":")[2], *found)
+    from dvc.dvcfile import load_file  # half a second: only for what the reader of declarations does not know
+    from dvc.repo import Repo
+    from dvc.stage.loader import StageLoader
+    from dvc.utils import parse_target
+
+    path, name = parse_target(address)
+    with Repo() as repo:
+        pipeline = load_file(repo, path or "dvc.yaml")
+        # one stage of hundreds, and without dvc.lock: it takes seconds to read, and another dvc may be writing it
+        stage = StageLoader(pipeline, pipeline.contents)[name]
+    folder = Path(stage.wdir)
+    keys = [key for dep in stage.deps if hasattr(dep, "params") for key in dep.params]
+    deps = [Path(dep.fs_path).relative_to(folder).as_posix() for dep in stage.deps if not hasattr(dep, "params")]
+    return Stage(stage.name, stage.cmd, sorted(deps), sorted(keys))
+
+
+GIVEN: dict[str, Any] = {}  # params, where no `dvc repro` runs the stage: see `given`
+
+
+@contextmanager
+def given(params: Mapping[str, Any]) -> Iterator[None]:
+    """Have stages take these declared params instead of asking DVC; for `longtail.evidence.probe`."""
+    GIVEN["params"] = params
+    try:
+        yield
+    finally:
+        del GIVEN["params"]
+
+
+@contextmanager
+def run(*flags: str) -> Iterator[tuple[SimpleNamespace, dict[str, Any]]]:
+    """Check params.yaml, then give the stage its flags and the params that it declares.
+
+    `flags` are the names of the command's `--flags`, each with one value. The namespace has them as attributes, and
+    `stage` (its name) and `fingerprint` beside them. Exits with a message when params.yaml is wrong, when the work
+    raises ValueError, KeyError, FloatingPointError or OSError (bad input is no reason for a traceback), and when code,
+    data or params changed while the stage ran.
+    """
+    parser = argparse.ArgumentParser()
+    for flag in flags:
+        parser.add_argument(f"--{flag}", required=True)
+    args = SimpleNamespace(**vars(parser.parse_args()))
+    if "params" in GIVEN:
+        args.stage, args.fingerprint = "probe", "probe"
+        yield args, dict(GIVEN["params"])
+        return
+    try:
+        stage, code, checked = declared(), Code(), schema.load()
+        args.stage = stage.name
+        stage.check_code(code, checked)
+        args.fingerprint, params = stage.facts(code)
+        yield args, params
+        if stage.facts(code)[0] != args.fingerprint:
+            sys.exit(
+                f"{stage.name}: its code, data or params were edited while it ran, so the result belongs to neither "
+                "version and is not recorded; run `dvc repro` again"
+            )
+    except (ValueError, KeyError, FloatingPointError, OSError) as error:
+        if os.environ.get("LONGTAIL_DEBUG"):
+            raise
+        sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
