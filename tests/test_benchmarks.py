@@ -10,7 +10,7 @@ import yaml
 from conftest import ROOT
 from test_tracking import add_cell
 
-from longtail.data import batches, long_tail, sources
+from longtail.data import batches, sources
 from longtail.workflow import files
 
 
@@ -308,25 +308,3 @@ def test_candidates_say_what_they_do_not_know(tmp_path, candidates, capsys):
         candidates.read(candidates.SETTINGS)
     with pytest.raises(FileNotFoundError, match="download@cifar10"):
         candidates.validation_arrays("cifar10", 0.1, seed=0)
-
-
-def test_first_epoch_tells_the_same_training_from_another(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(ROOT)
-    module = importlib.import_module("benchmarks.first_epoch")
-    monkeypatch.chdir(tmp_path)
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
-    tail = {key: value for key, value in params["datasets"]["digits_if20"].items() if key != "source"}
-    arrays = long_tail.cut(sources.load("digits")("", test_per_class=50, seed=0), **tail)
-    files.save_arrays(tmp_path / "data/long_tail/digits_if20.npz", **arrays)
-    monkeypatch.setattr("sys.argv", ["first_epoch", "quick"])
-    assert module.main() == 1  # nothing is finished: nothing vouches for anything
-    cell = "digits_if20-digits-ce-0"
-    history = tmp_path / "results/quick/cells" / cell.replace("-", "/") / "history.csv"
-    row = module.first_epoch(cell, params)
-    files.write_csv(history, [row], list(row))
-    assert module.main() == 0
-    assert f"same  quick {cell}" in capsys.readouterr().out
-    files.write_csv(history, [row | {"loss": row["loss"] + 1e-5}], list(row))
-    assert module.main() == 1
-    assert f"OTHER  quick {cell}" in capsys.readouterr().out

@@ -75,7 +75,7 @@ def test_every_kind_is_written_whole_or_not_at_all(folder, kind):
 
 
 def test_correct_fits_shows_and_writes(folder, monkeypatch, capsys):
-    monkeypatch.setattr(posthoc, "SLICE", 5 * 7)
+    monkeypatch.setattr(posthoc.inputs, "SLICE", 5 * 7)
     correct.main(["test.npy", "--labels", "test_labels.csv", "--fit", "train.npy", "--fit-labels", "train_labels.npy",
                   "--fitted-on", "train", "--out", "corrected.npy", "--shift", "shift.json"])  # fmt: skip
     logits, labels = np.load("test.npy"), np.load("test_labels.npy")
@@ -158,7 +158,7 @@ def broken(folder):
     ],
 )
 def test_what_is_wrong_is_named_and_nothing_is_written(folder, monkeypatch, arguments, message):
-    monkeypatch.setattr(posthoc, "SLICE", 5 * 7)
+    monkeypatch.setattr(posthoc.inputs, "SLICE", 5 * 7)
     broken(folder)
     before = sorted(path.name for path in folder.iterdir())
     with pytest.raises(SystemExit) as caught:

@@ -12,8 +12,8 @@ from scipy.special import log_softmax
 from scipy.stats import norm
 
 from longtail.data import long_tail
-from longtail.evaluation import fisher
-from longtail.report import plots
+from longtail.evaluation import fisher, fisher_toy
+from longtail.report import more_plots
 from longtail.workflow import files, params
 
 SETTINGS = yaml.safe_load((ROOT / "params.yaml").read_text())["fisher"]
@@ -77,7 +77,7 @@ def test_a_finer_grid_says_the_same(toy):
 
 
 def test_the_spiral_has_the_moments_of_a_normal_and_random_samples_their_own():
-    points = fisher.spiral(2000)
+    points = fisher_toy.spiral(2000)
     np.testing.assert_allclose(points.mean(0), 0, atol=2e-3)
     np.testing.assert_allclose(np.cov(points.T), np.eye(2), atol=5e-3)
     toy = fisher.Toy(*fisher.sunflower(3), points=50)
@@ -179,7 +179,7 @@ def test_the_best_prior_takes_the_lean_away(toy):
 
 
 def test_networks_are_those_of_their_seed_and_mixup_changes_them(toy, monkeypatch):
-    monkeypatch.setattr(fisher, "UPDATES", 300)
+    monkeypatch.setattr(fisher_toy, "UPDATES", 300)
     counts = long_tail.class_counts("exponential", 100, 6, 50)
     x, labels = toy.sample(counts, np.random.default_rng(0))
 
@@ -197,7 +197,7 @@ def test_networks_are_those_of_their_seed_and_mixup_changes_them(toy, monkeypatc
 
 
 def test_a_fit_that_does_not_come_to_its_minimum_says_so(toy, monkeypatch):
-    monkeypatch.setattr(fisher, "STEPS", 2)
+    monkeypatch.setattr(fisher_toy, "STEPS", 2)
     with pytest.raises(ValueError, match=r"taus \[0, 2\]: after 2 steps of LBFGS the slope is .* not below 1e-05"):
         fisher.quadratic_experts(*toy.sample(COUNTS), COUNTS, taus=[0, 2])
 
@@ -205,12 +205,12 @@ def test_a_fit_that_does_not_come_to_its_minimum_says_so(toy, monkeypatch):
 def test_two_runs_give_the_same_bytes_and_the_page_says_what_was_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(fisher, "FINE", 150)
     monkeypatch.setattr(fisher, "COARSE", 80)
-    monkeypatch.setattr(fisher, "UPDATES", 25)
+    monkeypatch.setattr(fisher_toy, "UPDATES", 25)
     drawn = []
     for place in ("a", "b"):
         torch.manual_seed(len(drawn))  # the state of the process does not matter
         rows = fisher.write(SMALL, out_dir=str(tmp_path / place))
-        drawn.append(plots.fisher(rows))
+        drawn.append(more_plots.fisher(rows))
     for name in ("fisher.csv", "fisher.md"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert drawn[0] == drawn[1] and drawn[0].startswith(b"\x89PNG")

@@ -108,7 +108,7 @@ def twin(logits, labels, reading, weights, t):
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize(("reading", "weights"), BOTH)
 def test_free_energy_is_its_twin_in_slices_of_any_size(monkeypatch, reading, weights, temperature, rows):
-    monkeypatch.setattr(posthoc, "SLICE", 4 * rows)
+    monkeypatch.setattr(posthoc.inputs, "SLICE", 4 * rows)
     logits, labels = case()
     found = posthoc.free_energy(logits, labels, reading=reading, weights=weights, temperature=temperature)
     np.testing.assert_allclose(found, twin(logits, labels, reading, weights, temperature), rtol=1e-9)

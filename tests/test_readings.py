@@ -6,7 +6,7 @@ from sklearn.base import clone
 
 from longtail import posthoc
 from longtail.evaluation import metrics, readings
-from longtail.report import plots
+from longtail.report import more_plots
 from longtail.workflow import files
 
 SETTINGS = {"many_above": 100, "few_below": 20, "ece_bins": 15}
@@ -154,6 +154,8 @@ def test_the_plan_s_page_says_who_won_and_names_a_cell_that_has_not_run(tmp_path
     assert "| prediction re-balancing | test |" in page and "| transductive |" in page
     assert page.count("own_samples needs a sample of every class") == 2 * 3  # both weights; all cells and two methods
     assert list(drawn) == plan["methods"]
-    assert plots.energies(drawn) == plots.energies(drawn) and plots.energies(drawn).startswith(b"\x89PNG")
+    assert more_plots.energies(drawn) == more_plots.energies(drawn) and more_plots.energies(drawn).startswith(
+        b"\x89PNG"
+    )
     with pytest.raises(ValueError, match=r"cells/d/r/ce/3/corrections.csv: no such file; the cell has not run"):
         readings.write({**plan, "seeds": [3]}, cells_dir=str(tmp_path / "cells"), out_dir=str(tmp_path / "out"))

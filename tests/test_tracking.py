@@ -24,10 +24,10 @@ from longtail.report import outcomes
 from longtail.tracking import live
 from longtail.tracking import runs as tracking
 from longtail.tracking.live import Live
-from longtail.tracking.runs import sync, track
+from longtail.tracking.runs import TrackingError, sync, track
 from longtail.workflow import files
 from longtail.workflow.fingerprint import fingerprint
-from longtail.workflow.locks import TrackingError
+from longtail.workflow.locks import LockError
 from longtail.workflow.pipeline import CELL_FILES
 
 SRC = Path(live.__file__).parents[1]
@@ -363,7 +363,7 @@ def test_plans_are_chosen_by_name(root: Path) -> None:
     add_cell(root, "ce", accuracy=0.3, plan="paper-cifar100")
     assert sync(root, ["paper-cifar100"]).created == 1
     assert sync(root).created == 2
-    with pytest.raises(TrackingError, match="nothing of plan 'quik'; there are paper-cifar100, quick"):
+    with pytest.raises(LockError, match="nothing of plan 'quik'; there are paper-cifar100, quick"):
         sync(root, ["quik"])
 
 
@@ -382,7 +382,7 @@ def test_plans_are_chosen_by_name(root: Path) -> None:
 def test_a_broken_lock_is_named(root: Path, text: str | None, message: str) -> None:
     path = root / "stages" / "quick" / "dvc.lock"
     path.unlink() if text is None else path.write_text(text)
-    with pytest.raises(TrackingError, match=message) as caught:
+    with pytest.raises(LockError, match=message) as caught:
         sync(root)
     assert str(root / "stages" if text is None else path) in str(caught.value)
 
@@ -407,7 +407,7 @@ def test_files_that_the_lock_does_not_know_are_left_out(root: Path, name: str, t
 @pytest.mark.parametrize("written", [[1], {"last": {"epoch": 4}}, {"last": {"epoch": 4, "raw": {"nll": 1}}}])
 def test_metrics_of_another_shape_are_named(root: Path, written: Any) -> None:
     add_cell(root, "ce", accuracy=0.5, metrics=written)
-    with pytest.raises(TrackingError, match=r"ce/0/metrics\.json: not the metrics of a cell"):
+    with pytest.raises(LockError, match=r"ce/0/metrics\.json: not the metrics of a cell"):
         sync(root)
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from itertools import product
 from pathlib import Path
 from queue import Queue
@@ -128,6 +129,7 @@ def sum_up(plan: str, axes: dict[str, Any]) -> int:
 def arguments() -> argparse.ArgumentParser:
     """The commands and their flags."""
     parser = argparse.ArgumentParser(prog="longtail", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"longtail {metadata.version('longtail')}")
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("run", help="run a plan's cells side by side, then its readings and report")
     one.add_argument("plan", help="a name under `plans` in params.yaml")
