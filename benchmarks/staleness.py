@@ -109,8 +109,8 @@ def main() -> None:
     }
     text = [
         "# Which commits would have made which cells stale", "",
-        f"The last {len(lines)} commits that touch src/ or a stage's script. Cells to be trained again / cells of which",
-        "only a later stage runs again. `python -m benchmarks.staleness` makes this table.", "",
+        f"The last {len(lines)} commits that touch src/ or a stage's script. Cells to be trained again / cells of",
+        "which only a later stage runs again. `python -m benchmarks.staleness` makes this table.", "",
         "| commit | cells there | by MD5 | by tree | by reach |", "| --- | ---: | ---: | ---: | ---: |", *lines,
         f"| **trainings in all** | | {' | '.join(f'**{total[way]}**' for way in WAYS)} |",
         f"| **commits that train nothing** | | {' | '.join(f'**{neutral[way]}**' for way in WAYS)} |", "",
