@@ -16,6 +16,7 @@ from ruamel.yaml import main
 
 from longtail import cli, declaration, manifest, pipeline
 from longtail.finished import STAGES
+from longtail.jobs import Job
 
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 
@@ -379,6 +380,42 @@ def test_cells_run_side_by_side_with_one_command(clone):
     clone.restore()
 
 
+def test_longtail_run_leaves_what_dvc_repro_leaves_lock_included(clone):
+    """One process for many stages, handed over to a warm one: nothing of the record may differ."""
+
+    def made() -> dict[str, bytes]:
+        paths = [*(clone.root / "results/quick").rglob("*.*"), clone.root / "stages/quick/dvc.lock"]
+        return {str(path): path.read_bytes() for path in paths}
+
+    clone.edit("ece_bins: 15", "ece_bins: 11")
+    assert len(clone.repro("stages/quick/dvc.yaml")) == 4  # the check, two evaluations, the report
+    expected = made()
+    clone.restore()
+    clone.repro()
+    assert made() != expected
+    clone.edit("ece_bins: 15", "ece_bins: 11")
+    clone.run(sys.executable, "-m", "longtail.cli", "run", "quick", "--jobs", "2")
+    assert made() == expected
+    assert clone.repro("stages/quick/dvc.yaml") == []
+    clone.restore()
+    clone.repro()
+
+
+def test_a_job_goes_on_after_a_stage_that_failed_and_after_its_own_end(clone, monkeypatch):
+    monkeypatch.chdir(clone.root)
+    monkeypatch.setenv("PYTHONPATH", str(clone.root / "src"))
+    job = Job({})
+    try:
+        assert not job.run(["stages/quick/dvc.yaml:nothing"])
+        assert job.run(cli.stages(PARAMS, "quick", CE))
+        assert job.process is not None
+        job.process.kill()
+        job.process.wait()
+        assert job.unchanged(cli.stages(PARAMS, "quick", CE))
+    finally:
+        job.close()
+
+
 def test_a_plan_of_ones_own_is_a_block_and_a_command(clone):
     axes = {"datasets": ["digits_if20"], "recipes": ["digits"], "methods": ["ce"], "seeds": [5]}
     clone.edit("\n  smoke:  ", f"\n  mine: {json.dumps(axes)}\n  smoke:  ")
@@ -393,27 +430,49 @@ def test_a_plan_of_ones_own_is_a_block_and_a_command(clone):
     clone.repro()
 
 
-def test_jobs_share_the_devices(monkeypatch):
+class FakeJob:
+    """A job that does nothing but say what it was asked."""
+
+    asked: list[tuple[str, list[str]]]
+    is_unchanged = True
+
+    def __init__(self, environment):
+        self.device = environment["LONGTAIL_DEVICE"]
+
+    def run(self, addresses):
+        self.asked.append((self.device, addresses))
+        return True
+
+    def unchanged(self, addresses):
+        return self.is_unchanged
+
+    def close(self):
+        self.asked.append(("closed", []))
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(cli, "Job", FakeJob)
+    monkeypatch.setattr(FakeJob, "asked", [], raising=False)
+    return FakeJob.asked
+
+
+def test_jobs_share_the_devices(asked, monkeypatch):
     """Two GPUs, three jobs: a device is used by those jobs that were given it, and none is made up."""
-    used = []
-    monkeypatch.chdir(ROOT)
     monkeypatch.setenv("LONGTAIL_DEVICE", "cuda:0,cuda:1")
-    monkeypatch.setattr(cli, "dvc", lambda *args, env=None: 0)
-    monkeypatch.setattr(cli, "run_cell", lambda names, env: used.append(env["LONGTAIL_DEVICE"]) or True)
     assert cli.run("quick", "*", 3) == 0
-    assert len(used) == len(cli.cells(PARAMS["plans"]["quick"])) and set(used) == {"cuda:0", "cuda:1"}
+    cells = [device for device, addresses in asked if len(addresses) == len(STAGES)]
+    assert len(cells) == len(cli.cells(PARAMS["plans"]["quick"])) and set(cells) == {"cuda:0", "cuda:1"}
+    assert asked[-3:] == [("closed", [])] * 3
 
 
-def test_data_that_are_there_are_left_alone_and_a_failure_is_told(monkeypatch, capsys):
+def test_data_that_are_there_are_left_alone_and_a_failure_is_told(asked, monkeypatch, capsys):
     """DVC locks them while another `longtail run` trains on them."""
-    asked = []
-    changed = {"status": 0, "--wait-for-lock": 1}
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(cli, "dvc", lambda *args, env=None: asked.append(args) or changed[args[0]])
-    monkeypatch.setattr(cli, "run_cell", lambda names, env: True)
+    monkeypatch.setattr(cli, "dvc", lambda *args, env=None: 1)
     assert cli.run("quick", "*", 1) == 0
-    assert [args[0] for args in asked] == ["status", "--wait-for-lock"] and "report-quick" in asked[1][-1]
-    changed["status"] = 1
+    assert asked[-2][1] == ["stages/quick/dvc.yaml:report-quick"]
+    monkeypatch.setattr(FakeJob, "is_unchanged", False)
     assert cli.run("quick", "*-ce-*", 1) == 2
     said = "failed: the data; `dvc repro stages/dvc.yaml:manifests stages/dvc.yaml:subsample@digits_if20` says why"
     assert said in capsys.readouterr().err
