@@ -23,6 +23,8 @@ from dvc.dependency import param
 from dvc.dependency.param import ParamsDependency
 from dvc.repo import Repo
 
+from longtail.jobs import parse_once
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "params.md"
 STEPS = (
@@ -50,20 +52,6 @@ from either but for another loss or reader. 'Follows' holds where an out really 
 | line of params.yaml | touches | follows |
 | --- | --- | --- |
 """
-
-
-def parse_once(load: Any) -> Any:
-    """DVC's reader of params.yaml, which parses it anew for every stage, with a memory of one file's content."""
-    known: dict[str, Any] = {}
-
-    def load_path(path: str, fs: Any, **options: Any) -> Any:
-        text = Path(path).read_text()
-        if text not in known:
-            known.clear()
-            known[text] = load(path, fs, **options)
-        return known[text]
-
-    return load_path
 
 
 def leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
