@@ -16,6 +16,7 @@ from ruamel.yaml import main
 
 from longtail import cli
 from longtail.workflow import declaration, manifest, pipeline
+from longtail.workflow.jobs import Job
 from longtail.workflow.locks import STAGES
 
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -379,6 +380,42 @@ def test_cells_run_side_by_side_with_one_command(clone):
     clone.restore()
 
 
+def test_longtail_run_leaves_what_dvc_repro_leaves_lock_included(clone):
+    """One process for many stages, handed over to a warm one: nothing of the record may differ."""
+
+    def made() -> dict[str, bytes]:
+        paths = [*(clone.root / "results/quick").rglob("*.*"), clone.root / "stages/quick/dvc.lock"]
+        return {str(path): path.read_bytes() for path in paths}
+
+    clone.edit("ece_bins: 15", "ece_bins: 11")
+    assert len(clone.repro("stages/quick/dvc.yaml")) == 4  # the check, two evaluations, the report
+    expected = made()
+    clone.restore()
+    clone.repro()
+    assert made() != expected
+    clone.edit("ece_bins: 15", "ece_bins: 11")
+    clone.run(sys.executable, "-m", "longtail.cli", "run", "quick", "--jobs", "2")
+    assert made() == expected
+    assert clone.repro("stages/quick/dvc.yaml") == []
+    clone.restore()
+    clone.repro()
+
+
+def test_a_job_goes_on_after_a_stage_that_failed_and_after_its_own_end(clone, monkeypatch):
+    monkeypatch.chdir(clone.root)
+    monkeypatch.setenv("PYTHONPATH", str(clone.root / "src"))
+    job = Job({})
+    try:
+        assert not job.run(["stages/quick/dvc.yaml:nothing"])
+        assert job.run(cli.stages(PARAMS, "quick", CE))
+        assert job.process is not None
+        job.process.kill()
+        job.process.wait()
+        assert job.unchanged(cli.stages(PARAMS, "quick", CE))
+    finally:
+        job.close()
+
+
 def test_a_plan_of_ones_own_is_a_block_and_a_command(clone):
     axes = {"datasets": ["digits_if20"], "recipes": ["digits"], "methods": ["ce"], "seeds": [5]}
     clone.edit("\n  smoke:  ", f"\n  mine: {json.dumps(axes)}\n  smoke:  ")
@@ -394,51 +431,63 @@ def test_a_plan_of_ones_own_is_a_block_and_a_command(clone):
     clone.repro()
 
 
-def test_jobs_share_the_devices(monkeypatch):
-    """Two GPUs, three jobs: a device is used by those jobs that were given it, and none is made up."""
-    used = []
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("LONGTAIL_DEVICE", "cuda:0,cuda:1")
-    monkeypatch.setattr(cli, "dvc", lambda *args, env=None: 0)
-    monkeypatch.setattr(cli, "run_cell", lambda names, env: used.append(env["LONGTAIL_DEVICE"]) or True)
-    assert cli.run("quick", "*", 3) == 0
-    assert len(used) == len(cli.cells(PARAMS["plans"]["quick"])) and set(used) == {"cuda:0", "cuda:1"}
+class FakeJob:
+    """A job that does nothing but say what it was asked."""
+
+    asked: list[tuple[str, list[str]]]
+    is_unchanged = True
+    fails = ()
+
+    def __init__(self, environment):
+        self.device = environment["LONGTAIL_DEVICE"]
+
+    def run(self, addresses):
+        self.asked.append((self.device, addresses))
+        return not addresses[-1].endswith(self.fails)
+
+    def unchanged(self, addresses):
+        return self.is_unchanged
+
+    def close(self):
+        self.asked.append(("closed", []))
 
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What `longtail run` asks of dvc where the data are there and every cell succeeds; `asked.fails` is what fails."""
-
-    class Asked(list):
-        fails = ()
-
-        def __call__(self, *args, env=None):
-            self.append(args)
-            return int(any(args[-1].endswith(name) or args[0] == name for name in self.fails))
-
-        def made(self):
-            return [args[-1].rpartition(":")[2] for args in self if args[0] == "--wait-for-lock"]
-
-    found = Asked()
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(cli, "dvc", found)
-    monkeypatch.setattr(cli, "run_cell", lambda names, env: True)
-    return found
+    monkeypatch.setattr(cli, "Job", FakeJob)
+    monkeypatch.setattr(FakeJob, "asked", [], raising=False)
+    return FakeJob.asked
 
 
-def test_data_that_are_there_are_left_alone_and_a_failure_is_told(asked, capsys):
+def test_jobs_share_the_devices(asked, monkeypatch):
+    """Two GPUs, three jobs: a device is used by those jobs that were given it, and none is made up."""
+    monkeypatch.setenv("LONGTAIL_DEVICE", "cuda:0,cuda:1")
+    assert cli.run("quick", "*", 3) == 0
+    cells = [device for device, addresses in asked if len(addresses) == len(STAGES)]
+    assert len(cells) == len(cli.cells(PARAMS["plans"]["quick"])) and set(cells) == {"cuda:0", "cuda:1"}
+    assert asked[-3:] == [("closed", [])] * 3
+
+
+def test_data_that_are_there_are_left_alone_and_a_failure_is_told(asked, monkeypatch, capsys):
     """DVC locks them while another `longtail run` trains on them."""
+    monkeypatch.setattr(cli, "dvc", lambda *args, env=None: 1)
     assert cli.run("quick", "*", 1) == 0
-    assert [args[0] for args in asked] == ["status", "--wait-for-lock"] and asked.made() == ["report-quick"]
+    assert asked[-2][1] == ["stages/quick/dvc.yaml:report-quick"]
     assert "table: results/quick/table.md" in capsys.readouterr().out
-    asked.fails = ("status", "subsample@digits_if20")
+    monkeypatch.setattr(FakeJob, "is_unchanged", False)
     assert cli.run("quick", "*-ce-*", 1) == 2
     said = "failed: the data; `dvc repro stages/dvc.yaml:manifests stages/dvc.yaml:subsample@digits_if20` says why"
     assert said in capsys.readouterr().err
 
 
+def made(asked):
+    """The stages that were asked for one at a time: what sums a plan up."""
+    return [addresses[0].rpartition(":")[2] for _, addresses in asked if len(addresses) == 1]
+
+
 def test_a_report_that_failed_is_a_failure(asked, capsys, monkeypatch):
-    asked.fails = ("report-quick",)
+    monkeypatch.setattr(FakeJob, "fails", ("report-quick",))
     assert cli.run("quick", "*", 1) == 1
     said = capsys.readouterr()
     assert "table:" not in said.out
@@ -449,15 +498,15 @@ def test_a_report_that_failed_is_a_failure(asked, capsys, monkeypatch):
     assert end.value.code == 1
 
 
-def test_a_plan_with_readings_compares_its_cells_and_reads_them(asked, capsys):
+def test_a_plan_with_readings_compares_its_cells_and_reads_them(asked, capsys, monkeypatch):
     cell = "cifar100_if100_held_out-fast-ce-1"
     assert [address.rpartition(":")[2].partition("-")[0] for address in cli.stages(PARAMS, "posthoc", cell)] == [
         "train", "predict", "align", "evaluate", "compare",
     ]  # fmt: skip
     assert not any("compare" in address for address in cli.stages(PARAMS, "quick", "digits_if20-digits-ce-0"))
     assert cli.run("posthoc", "*", 1) == 0
-    assert asked.made() == ["readings-posthoc", "report-posthoc"]
-    asked.fails = ("readings-posthoc",)
+    assert made(asked) == ["readings-posthoc", "report-posthoc"]
+    monkeypatch.setattr(FakeJob, "fails", ("readings-posthoc",))
     assert cli.run("posthoc", "*", 1) == 1
     said = capsys.readouterr()
     assert "failed: the readings" in said.err and "table: results/posthoc/table.md" in said.out
@@ -467,7 +516,7 @@ def test_readings_wait_for_the_last_cell(asked, capsys, monkeypatch):
     plans = {**PARAMS["plans"], "posthoc": {**PARAMS["plans"]["posthoc"], "seeds": [1, 2, 99]}}
     monkeypatch.setattr(cli.schema, "load", lambda: PARAMS | {"plans": plans})
     assert cli.run("posthoc", "*-1", 1) == 0
-    assert asked.made() == ["report-posthoc"]
+    assert made(asked) == ["report-posthoc"]
     assert "readings: not yet, 2 of 6 cells are still to come" in capsys.readouterr().out
 
 

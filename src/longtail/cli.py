@@ -14,6 +14,7 @@ from typing import Any
 
 from longtail.workflow import files, pipeline
 from longtail.workflow import params as schema
+from longtail.workflow.jobs import Job
 from longtail.workflow.locks import MAKERS, STAGES
 from longtail.workflow.pipeline import SHARED
 
@@ -45,11 +46,6 @@ def stages(params: dict[str, Any], plan: str, cell: str) -> list[str]:
     return [f"{pipeline.file(plan)}:{stage}-{plan}@{cell}" for stage in names]
 
 
-def run_cell(addresses: list[str], env: dict[str, str]) -> bool:
-    """Run the stages of one cell, as one command: dvc reads the pipeline once; False when one of them failed."""
-    return repro("-q", "-s", *addresses, env=env) == 0
-
-
 def run(plan: str, only: str, jobs: int) -> int:
     """Run a plan's cells, `jobs` side by side, then its readings and report. Returns how many of all these failed.
 
@@ -67,40 +63,49 @@ def run(plan: str, only: str, jobs: int) -> int:
         raise ValueError(f"--only {only!r} matches none of {', '.join(cells(plans[plan]))}")
     datasets = [f"{SHARED}:subsample@{name}" for name in sorted({cell.split("-")[0] for cell in chosen})]
     first = [f"{SHARED}:manifests", *datasets]
+    # threads of two trainings on the same cores wait for each other: each gets its own share
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    devices = os.environ.get("LONGTAIL_DEVICE", "").split(",")
+    started = [Job({"OMP_NUM_THREADS": threads, "LONGTAIL_DEVICE": devices[job % len(devices)]}) for job in range(jobs)]
+    try:
+        return run_with(started, params, plan, chosen, first)
+    finally:
+        for job in started:
+            job.close()
+
+
+def run_with(jobs: list[Job], params: dict[str, Any], plan: str, chosen: list[str], first: list[str]) -> int:
+    """The cells `chosen` and the report, with these jobs, after the stages `first`; the number of cells that failed."""
     # where they are there, they are left alone: another `longtail run` may be training on them, and then DVC refuses
-    if dvc("status", "-q", *first) and repro("-q", *first):
+    if not jobs[0].unchanged(first) and repro("-q", *first):
         print(f"failed: the data; `dvc repro {' '.join(first)}` says why", file=sys.stderr)
         return len(chosen)
-    # threads of two trainings on the same cores wait for each other: each gets its own share
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
-    devices = os.environ.get("LONGTAIL_DEVICE", "").split(",")
-    free: Queue[str] = Queue()  # a device for each job that is under way
-    for job in range(jobs):
-        free.put(devices[job % len(devices)])
+    free: Queue[Job] = Queue()
+    for job in jobs:
+        free.put(job)
 
-    def with_device(cell: str) -> bool:
-        device = free.get()
+    def run_cell(cell: str) -> bool:
+        job = free.get()
         try:
-            return run_cell(steps[cell], {**env, "LONGTAIL_DEVICE": device})
+            return job.run(steps[cell])
         finally:
-            free.put(device)
+            free.put(job)
 
     steps = {cell: stages(params, plan, cell) for cell in chosen}
     trained = [cell for cell in chosen if ":train-" in steps[cell][0]]
     failed = []
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(len(jobs)) as pool:
         for wave in (trained, [cell for cell in chosen if cell not in trained]):
-            failed += [cell for cell, ok in zip(wave, list(pool.map(with_device, wave)), strict=True) if not ok]
+            failed += [cell for cell, ok in zip(wave, list(pool.map(run_cell, wave)), strict=True) if not ok]
     for cell in failed:
         again = f"dvc repro {' '.join(steps[cell][3:])}"
         print(f"failed: {cell} (the stage's message is above; `{again}` shows DVC's own as well)", file=sys.stderr)
     if len(failed) == len(chosen):
         return len(failed)
-    return len(failed) + sum_up(plan, plans[plan])
+    return len(failed) + sum_up(jobs[0], plan, params["plans"][plan])
 
 
-def sum_up(plan: str, axes: dict[str, Any]) -> int:
+def sum_up(job: Job, plan: str, axes: dict[str, Any]) -> int:
     """Make a plan's readings, where it has them and all its cells have run, and its report; returns how many failed.
 
     What is made is printed, and what failed or is still to come is said. Cells that were not chosen stay as they are.
@@ -116,7 +121,7 @@ def sum_up(plan: str, axes: dict[str, Any]) -> int:
     failed = 0
     for stage, text in made.items():
         address = f"{pipeline.file(plan)}:{stage}-{plan}"
-        if repro("-q", "-s", address):
+        if not job.run([address]):  # it alone: cells that were not chosen stay as they are
             failed += 1
             print(
                 f"failed: the {stage} (its message is above; `dvc repro -s {address}` shows it again)", file=sys.stderr

@@ -22,12 +22,9 @@ PACKAGE = "longtail"
 PLUMBING = frozenset(
     f"{PACKAGE}.{name}"
     for name in (
-        *(
-            f"workflow.{name}"
-            for name in ("declaration", "fingerprint", "manifest", "meaning", "params", "ranges", "stage")
-        ),
-        "tracking.live",
-        "training.machine",
+        *("tracking.live", "training.machine", "workflow.declaration", "workflow.fingerprint", "workflow.jobs"),
+        *("workflow.manifest", "workflow.meaning", "workflow.params", "workflow.ranges", "workflow.stage"),
+        "workflow.warm",
     )
 )
 # Scripts that need no manifest: what they do is decided by what they declare themselves.

@@ -1,0 +1,164 @@
+"""One job of `longtail run`: a process that runs the stages of one cell after another, with DVC's own objects.
+
+`dvc repro` once a cell starts DVC, reads the plan's lock file for each stage that is named, and writes all of it at the
+end of each. A job does the first two once, and writes the entries of short stages together. What is compared, run and
+recorded is DVC's own work (`Stage.reproduce`, `dump_stages`), as in `dvc repro -s`.
+"""
+
+import copy
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from typing import Any
+
+from longtail.workflow import warm
+
+WRITE_AFTER_S = 60  # what a `kill -9` may cost: the record of the last minute's stages
+
+
+class Job:
+    """The process, started when there is work; `environment` is what it has besides this one's."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self.environment = dict(environment)
+        self.process: subprocess.Popen | None = None
+        self.connection: Connection
+
+    def run(self, addresses: Sequence[str]) -> bool:
+        """Bring the stages up to date, in this order and without what they depend on; False when one of them failed."""
+        return self._ask("run", addresses)
+
+    def unchanged(self, addresses: Sequence[str]) -> bool:
+        """Whether none of the stages has to run."""
+        return self._ask("unchanged", addresses)
+
+    def _ask(self, what: str, addresses: Sequence[str]) -> bool:
+        if self.process is None or self.process.poll() is not None:
+            self.connection, other = Pipe()
+            with other:
+                command = [sys.executable, "-m", "longtail.workflow.jobs", str(other.fileno())]
+                env = {**os.environ, **self.environment}
+                self.process = subprocess.Popen(command, env=env, pass_fds=[other.fileno()])
+        try:
+            self.connection.send((what, list(addresses)))
+            return bool(self.connection.recv())
+        except (EOFError, OSError):  # it died
+            return False
+
+    def close(self) -> None:
+        """Have it write what it has not yet, and end."""
+        if self.process is not None:
+            self.connection.close()
+            self.process.wait()
+
+
+def serve(connection: Connection) -> None:
+    """Answer until nobody asks any more."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what has run is recorded
+    stages = Stages()
+    try:
+        while True:
+            what, addresses = connection.recv()
+            connection.send(getattr(stages, what)(addresses))
+    except (EOFError, OSError, KeyboardInterrupt):
+        pass
+    finally:
+        stages.close()
+
+
+class Stages:
+    """DVC's stages by their address, and a record of those that have run."""
+
+    def __init__(self) -> None:
+        from dvc.dependency import param  # half a second: not for `longtail run` itself
+        from dvc.repo import Repo
+
+        param.load_path = parse_once(param.load_path)
+        logging.getLogger("dvc").setLevel(logging.CRITICAL)  # as `dvc -q`
+        self.repo = Repo(_wait_for_lock=True)  # as `dvc --wait-for-lock`
+        self.files: dict[str, Any] = {}
+        self.ran: dict[str, list[Any]] = {}
+        self.written = time.monotonic()
+        self.server: warm.Server | None = None
+
+    def run(self, addresses: Sequence[str]) -> bool:
+        """As `dvc repro -q -s`; False when a stage failed."""
+        from dvc.exceptions import DvcException
+        from dvc.repo import lock_repo
+
+        try:
+            with lock_repo(self.repo), self.repo.scm_context(quiet=True):
+                for address in addresses:
+                    stage = self._stage(address)
+                    self._warm_up(stage)
+                    if stage.reproduce() is not None:
+                        self.ran.setdefault(address.rpartition(":")[0], []).append(stage)
+                    if time.monotonic() - self.written > WRITE_AFTER_S:
+                        self._write()
+        except DvcException:
+            return False
+        return True
+
+    def unchanged(self, addresses: Sequence[str]) -> bool:
+        """As `dvc status -q`."""
+        from dvc.repo import lock_repo
+
+        with lock_repo(self.repo):
+            return not any(self._stage(address).status() for address in addresses)
+
+    def close(self) -> None:
+        """Record what has run."""
+        from dvc.repo import lock_repo
+
+        with lock_repo(self.repo), self.repo.scm_context(quiet=True):
+            self._write()
+        if self.server is not None:
+            self.server.close()
+
+    def _stage(self, address: str) -> Any:
+        from dvc.dvcfile import load_file
+
+        file, _, name = address.rpartition(":")
+        if file not in self.files:
+            self.files[file] = load_file(self.repo, os.path.abspath(file))
+        return self.files[file].stages[name]
+
+    def _warm_up(self, stage: Any) -> None:
+        """A server for the first stage that has to run and gains from it."""
+        if self.server is None and stage.name.split("-")[0] in warm.STEPS and stage.changed():
+            self.server = warm.Server()
+            os.environ[warm.VARIABLE] = self.server.path
+
+    def _write(self) -> None:
+        """The lock entries of the stages that have run since the last time, in one go for each file."""
+        for file, stages in self.ran.items():
+            self.files[file].dump_stages(stages, update_pipeline=False)
+        self.ran, self.written = {}, time.monotonic()
+
+
+def parse_once(load: Callable[..., Any]) -> Callable[..., Any]:
+    """DVC's reader of params.yaml, which parses it for every stage, with a memory of one file's content."""
+    known: dict[str, Any] = {}
+
+    def load_path(path: str, fs: Any, **options: Any) -> Any:
+        from dvc.utils.serialize import parse_yaml
+
+        if not path.endswith(".yaml"):
+            return load(path, fs, **options)
+        text = Path(path).read_text()
+        if text not in known:
+            known.clear()
+            known[text] = parse_yaml(text, path)
+        return copy.deepcopy(known[text])  # what two stages share would be an alias in the lock
+
+    return load_path
+
+
+if __name__ == "__main__":
+    serve(Connection(int(sys.argv[1])))
