@@ -1,6 +1,8 @@
 """Manifests list what a script really reaches, and nothing else; how code is written is no part of them."""
 
 import ast
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -132,3 +134,22 @@ def test_a_changed_definition_changes_exactly_the_manifests_that_reach_it(tmp_pa
     for name in changed:
         was, is_now = manifest.entries(MANIFESTS[name]), manifest.entries(now[name])
         assert {line[0] for line in was ^ is_now} == {title}
+
+
+@pytest.mark.slow
+def test_nothing_runs_that_the_manifest_does_not_have(tmp_path):
+    """Stages of three cells, watched while they run: every function of ours that they call is in their manifest."""
+    command = [sys.executable, ROOT / "tests/watched.py", tmp_path]
+    env = {**os.environ, "LONGTAIL_QUIET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    ran = json.loads(done.stdout.splitlines()[-1])
+    expected = {"train-gala_balpoe", "train-ldam_drw", "train-ce", "refit-crt", "predict", "evaluate", "compare"}
+    assert expected <= set(ran)
+    library = manifest.package(ROOT)
+    for name, seen in ran.items():
+        units = manifest.units(library, manifest.starts(ROOT, PARAMS)[name])
+        reached = {(str(unit.module.file), title) for unit in units for title in unit.names}
+        called = {(file, title) for file, title in seen if title[0] != "<" and "/evidence/" not in file}
+        assert called <= reached, name
+        assert len(called) > 10  # it did watch
