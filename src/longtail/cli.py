@@ -220,12 +220,11 @@ def main() -> None:
             chosen = args.plan or verify.with_results(".", params["plans"])
             sys.exit(min(1, adopt.adopt(Path.cwd(), params, chosen, args.only, args.steps)))
         if args.command == "track":
-            from longtail import tracking
+            from longtail.tracking import runs
 
-            tracking.track(Path.cwd(), args.plan or None)
+            runs.track(Path.cwd(), args.plan or None)
         if args.command in ("export", "register"):
-            from longtail import tracking
-            from longtail.tracking import export
+            from longtail.tracking import export, runs
 
             chosen = export.Trained(Path.cwd(), args.plan, args.cell, args.correction)
             if args.command == "export":
@@ -235,7 +234,7 @@ def main() -> None:
                 )
             else:
                 address = export.register(chosen, Path.cwd(), name=args.name, alias=args.alias)
-                uri, _ = tracking.location(Path.cwd())
+                uri, _ = runs.location(Path.cwd())
                 print(
                     f"{address}\nMLFLOW_TRACKING_URI={uri} mlflow models serve -m {address} --env-manager local -p 5001"
                 )

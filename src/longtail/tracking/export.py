@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from longtail import networks, posthoc, tracking
+from longtail import networks, posthoc
 from longtail.posthoc import predictions
+from longtail.tracking import runs
 from longtail.workflow import cells, files
 
 KINDS = (".onnx", ".pt2")
@@ -147,7 +148,7 @@ def register(cell: Trained, root: Path, *, name: str, alias: str) -> str:
     The store is that of `longtail track`. What is served reads image files (served.py) and needs onnxruntime, numpy
     and Pillow, nothing of this project.
     """
-    uri, _ = tracking.location(root)
+    uri, _ = runs.location(root)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     import mlflow
     import pandas
@@ -159,7 +160,7 @@ def register(cell: Trained, root: Path, *, name: str, alias: str) -> str:
         Schema([ColSpec(DataType.binary, "image")]),
         Schema([ColSpec(DataType.string, "class"), ColSpec(Map(DataType.double), "probabilities")]),
     )
-    with tracking.open_store(root) as store, tempfile.TemporaryDirectory() as folder:
+    with runs.open_store(root) as store, tempfile.TemporaryDirectory() as folder:
         mlflow.set_tracking_uri(uri)
         network, about = Path(folder) / "network.onnx", Path(folder) / "about.json"
         export(cell, network)

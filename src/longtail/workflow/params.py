@@ -332,7 +332,7 @@ def validate(value: Any, file: str = "params.yaml") -> None:
     for name, block in _section(value, "sources", problems).items():
         reader = block.get("reader") if isinstance(block, dict) else None
         if reader not in _choices(READERS):
-            problems.append(f"sources.{name}.reader = {reader!r}: must be one of {', '.join(_choices('sources'))}")
+            problems.append(f"sources.{name}.reader = {reader!r}: must be one of {', '.join(_choices(READERS))}")
         else:
             schema = signature_block(LIBRARY / READERS / reader / "__init__.py", "read")
             settings = {key: item for key, item in block.items() if key != "reader"}
