@@ -148,6 +148,13 @@ def test_posthoc(tmp_path, monkeypatch):
     assert len(rows) == 2 + 6 and "EnergyAligning(reading='own_samples')" in rows[3]
 
 
+@pytest.mark.slow
+def test_seconds(monkeypatch, capsys):
+    run(monkeypatch, "seconds", "--quick")
+    said = capsys.readouterr().out
+    assert "| the plan alone: `dvc repro` |" in said and "| `longtail run seconds --jobs 2` | 2 |" in said
+
+
 @pytest.fixture
 def spread(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)

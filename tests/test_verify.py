@@ -96,6 +96,18 @@ def test_a_pull_request_is_compared_in_markdown(bare):
     put_back(bare)
 
 
+def test_a_report_is_compared_without_drawing_its_pictures(monkeypatch):
+    def draw(*args, **kwargs):
+        raise AssertionError("it draws")
+
+    monkeypatch.setattr(verify.plots.Canvas, "savefig", draw)
+    plan = yaml.safe_load((ROOT / "params.yaml").read_text())["plans"][PLAN]
+    assert verify.differing(ROOT, PLAN, plan) == []
+    nowhere = verify.plots.Figure("data:image/png;base64,", 1, 1, "", "")  # its size and caption are compared
+    monkeypatch.setattr(verify, "_not_drawn", lambda *given: nowhere)
+    assert verify.differing(ROOT, PLAN, plan) == [f"results/{PLAN}/report.html: not what the committed cells give"]
+
+
 def test_an_unknown_plan_is_named():
     with pytest.raises(ValueError, match=r"plan 'nowhere' is not in params\.yaml; there are quick"):
         verify.verify(ROOT, yaml.safe_load((ROOT / "params.yaml").read_text()), ["nowhere"])
