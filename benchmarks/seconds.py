@@ -194,11 +194,10 @@ def nothing_to_do(report: Report, tree: Path, temporary: Path, repeat: int) -> N
     take_turns(
         report,
         [
-            ("all plans", "python -m dvc status", whole),
-            ("all plans, the plan named", f"python -m dvc status {named}", whole),
-            ("DVC, as many empty stages as all plans have", "python -m dvc status", many),
-            ("DVC, as many empty stages as the plan has", "python -m dvc status", few),
-            ("the plan alone", f"python -m dvc status {named}", alone),
+            ("all plans, the plan named", f"python -m dvc status -q {named}", whole),
+            ("DVC, as many empty stages as all plans have", "python -m dvc status -q", many),
+            ("DVC, as many empty stages as the plan has", "python -m dvc status -q", few),
+            ("the plan alone", f"python -m dvc status -q {named}", alone),
         ],
         repeat,
     )
