@@ -78,7 +78,7 @@ def other(key: str, value: Any, values: dict[str, Any]) -> Any:
         more = [name for name in names if name not in value] if names else [max(value) + 1]
         return [*value, more[0]] if more else value[:-1]
     if key.endswith((".reader", ".source")):
-        return {"digits": "cifar", "cifar": "digits", "cifar10": "cifar100", "cifar100": "cifar10"}[value]
+        return {"digits": "cifar", "cifar10": "cifar100", "cifar100": "cifar10"}.get(value, "digits")
     if isinstance(value, bool):
         return not value
     if isinstance(value, (int, float)):

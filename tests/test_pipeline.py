@@ -269,6 +269,8 @@ def test_editing_a_loss_trains_its_cells_alone(clone):
     path = clone.root / "src/longtail/losses/gala.py"
     text = path.read_text()
     path.write_text(text + "# edited\n")
+    assert clone.repro() == ["manifests"]
+    path.write_text(text.replace("class Loss(BaseLoss):", "class Loss(BaseLoss):\n    edited = True"))
     # the same weights come out, so that nothing follows
     assert clone.repro() == ["manifests", f"train-quick@{GALA}"]
     path.write_text(text)

@@ -51,8 +51,9 @@ def test_what_is_committed_is_what_the_committed_code_gives(bare):
 
 @pytest.mark.slow
 def test_changed_code_params_and_results_are_named(bare):
-    with (bare / "src/longtail/losses/ce.py").open("a") as file:
-        file.write("# a comment is another file\n")
+    change(bare / "src/longtail/losses/ce.py", "class Loss(BaseLoss):", "class Loss(BaseLoss):\n    edited = True")
+    with (bare / "src/longtail/losses/balanced_softmax.py").open("a") as file:
+        file.write("# a comment is no other code\n")
     change(bare / "params.yaml", "ece_bins: 15", "ece_bins: 16")
     change(bare / "results/quick/table.md", "± ", "± 1")
     classes = f"results/quick/cells/{CELL.replace('-', '/')}/classes.csv"
@@ -60,11 +61,11 @@ def test_changed_code_params_and_results_are_named(bare):
     code, text = said(bare, PLAN)
     assert code == 1
     lines = text.splitlines()
-    assert f"train-{PLAN}@{CELL}: changed deps src/longtail/losses/ce.py modified" in lines
+    assert f"train-{PLAN}@{CELL}: other code: Loss" in lines
     assert any(line.startswith(f"evaluate-{PLAN}@{CELL}: changed deps params.yaml") for line in lines)
     assert f"evaluate-{PLAN}@{CELL}: changed outs {classes} modified" in lines
     assert "results/quick/table.md: not what the committed cells give" in lines
-    assert not any("balanced_softmax-0: changed deps src" in line for line in lines)
+    assert not any("balanced_softmax-0: other code" in line for line in lines)
     put_back(bare)
 
 
