@@ -112,7 +112,7 @@ def test_a_file_that_answers_otherwise_is_not_written(root, tmp_path):
             ["toy", "toy_if10-plain-ce-0", "--out", "a.onnx"],
             "no finished cell; `longtail run toy --only 'toy_if10-plain-ce-0'`",
         ),
-        (["toy", "x", "--out", "a.onnx"], "no finished cell"),
+        (["toy", "x", "--out", "a.onnx"], "'x' is no cell: <dataset>-<recipe>-<method>-<seed>"),
         (
             ["toy", NAME, "--out", "a.onnx", "--correction", "magic"],
             "no correction 'magic'; there are none, aligned_on_held_out",
