@@ -109,9 +109,9 @@ def test_comments_docstrings_and_layout_change_no_line(tmp_path):
     ("file", "old", "new"),
     [
         ("engine.py", "LOOK_EVERY = 20", "LOOK_EVERY = 21"),
-        ("posthoc.py", "SLICE = ", "SLICE = 1 + "),
+        ("inputs.py", "SLICE = ", "SLICE = 1 + "),
         ("ldam.py", "super().__init__()", "super().__init__(1)"),
-        ("posthoc.py", "class EnergyAligning(", "class EnergyAligning(int, "),
+        ("energy.py", "class EnergyAligning(", "class EnergyAligning(int, "),
     ],
 )
 def test_a_changed_definition_changes_exactly_the_manifests_that_reach_it(tmp_path, file, old, new):

@@ -26,7 +26,8 @@ KINDS = {
 kinds = pytest.mark.parametrize("kind", [pytest.param("AVX2", marks=needs_compiler), "kernels off", "no compiler"])
 LOOK = """
 import json, torch
-from longtail import inference, kernels
+from longtail.networks import kernels
+from longtail.training import inference
 library = kernels.library()
 print(json.dumps([library is not None, hasattr(library, "weight_gradient_bfloat16"), inference.cpu_has_bf16(),
                   torch.backends.cpu.get_cpu_capability()]))

@@ -237,7 +237,7 @@ def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_readers_are_the_files_of_the_folder() -> None:
     for reader in ("cifar", "digits"):
-        assert sources.load(reader).__module__ == f"longtail.sources.{reader}"
+        assert sources.load(reader).__module__ == f"longtail.data.sources.{reader}"
 
 
 @pytest.mark.parametrize("reader", ["imagenet", "", "os", "..files", "__init__"])

@@ -446,7 +446,7 @@ def test_track_says_where_to_look(root: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.slow
 def test_four_processes_make_one_store(root: Path) -> None:
     (root / "mlflow.db").unlink()
-    code = "from longtail.tracking import sync; print(sync('.').created)"
+    code = "from longtail.tracking.runs import sync; print(sync('.').created)"
     environment = os.environ | {"PYTHONPATH": str(SRC), "MLFLOW_DISABLE_TELEMETRY": "true"}
     processes = [
         subprocess.Popen([sys.executable, "-c", code], cwd=root, env=environment, stdout=subprocess.PIPE, text=True)
