@@ -9,6 +9,7 @@ import yaml
 from conftest import ROOT
 
 from longtail.evidence import adopt, probe
+from longtail.training import provenance
 from longtail.workflow import locks
 from longtail.workflow.cells import Cell
 
@@ -150,6 +151,6 @@ def test_a_digest_is_of_every_tensor_and_not_of_names():
     import torch
 
     a, b = torch.arange(3.0), torch.tensor(2)
-    assert probe.digest({"x": a, "y": [b]}) == probe.digest({"z": (a,), "w": b})
-    assert probe.digest([a, b]) != probe.digest([b, a])
-    assert probe.digest([a]) != probe.digest([a.bfloat16()]) != probe.digest([a.view(3, 1)])
+    assert provenance.digest({"x": a, "y": [b]}) == provenance.digest({"z": (a,), "w": b})
+    assert provenance.digest([a, b]) != provenance.digest([b, a])
+    assert provenance.digest([a]) != provenance.digest([a.bfloat16()]) != provenance.digest([a.view(3, 1)])

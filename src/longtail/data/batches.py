@@ -151,10 +151,9 @@ def epoch(
 
     The same arguments give the same batches; with `start_batch` k those from number k (from 0) on, at the cost of
     no earlier batch. `augmentation` has the keys of `augment`; `draw_mixing` says what the alphas do, `draw_order`
-    what `class_balanced` does. `batch_size`
-    is that of the joint batch, of which process `rank` of `world` gets the rows rank, rank + world, ...: together
-    the processes see, byte for byte, the batches of a single one. Raises ValueError for an argument out of range,
-    before the first batch is asked for.
+    what `class_balanced` does. `batch_size` is that of the joint batch, of which process `rank` of `world` gets the
+    rows rank, rank + world, ...: together the processes see, byte for byte, the batches of a single one. Raises
+    ValueError for an argument out of range, before the first batch is asked for.
     """
     batches = batches_per_epoch(len(split), batch_size=batch_size, drop_last=drop_last)
     if not 0 <= start_batch <= batches:
@@ -163,9 +162,8 @@ def epoch(
         raise ValueError(f"rank {rank} of world {world}: rank is in 0..world-1")
     _check_augmentation(augmentation)
     _check_alphas(mixup_alpha, cutmix_alpha)
-    device = split.images.device
     height, width = split.images.shape[2:]
-    normalize = normalizer(mean, std, channels_last=channels_last, device=device)
+    normalize = normalizer(mean, std, channels_last=channels_last, device=split.images.device)
     order = draw_order(split, class_balanced=class_balanced, generator=torch_generator(seed, ORDER, epoch))
     order = order[: batches * batch_size]
     per_chunk = max(1, CHUNK_PIXELS // (batch_size * height * width))
@@ -182,26 +180,45 @@ def epoch(
                 draw(len(places), generator=batch_generator(seed, epoch, number))
                 for number, places in enumerate(joint, max(first, start_batch))
             ]
-            # (2, B) a batch: places in the chunk of this process's images and of their partners
-            pairs = [
-                torch.stack((places, places[mixing.partner]))[:, rank::world]
-                for places, mixing in zip(joint, mixings, strict=True)
-            ]
-            wanted, found = torch.unique(torch.cat(pairs, 1), return_inverse=True)
-            chosen = rows[wanted].to(device)
-            draws = Draws(torch_generator(seed, AUGMENT, epoch, chunk), len(rows), wanted)
-            images = augment(split.images[chosen], **augmentation, draws=draws)
-            labels = split.labels[chosen]
-            widths = [pair.shape[1] for pair in pairs]
-            for places, mixing, (own, partner) in zip(
-                joint, mixings, torch.split(found.to(device), widths, 1), strict=True
-            ):
-                batch = normalize(images[own])
-                if mixing.weight < 1:
-                    batch = mix(batch, normalize(images[partner]), mixing)
-                yield Batch(batch, labels[own], labels[partner], mixing.weight, len(places))
+            yield from _chunk(
+                split, rows, joint, mixings, augmentation=augmentation, normalize=normalize, rank=rank, world=world,
+                generator=torch_generator(seed, AUGMENT, epoch, chunk),
+            )  # fmt: skip
 
     return later_batches()
+
+
+def _chunk(
+    split: Split,
+    rows: Tensor,
+    joint: Sequence[Tensor],
+    mixings: Sequence["Mixing"],
+    *,
+    augmentation: Mapping[str, Any],
+    normalize: Callable[[Tensor], Tensor],
+    generator: torch.Generator,
+    rank: int,
+    world: int,
+) -> Iterator[Batch]:
+    """The batches of images that are augmented in one go: those in `rows` of the split, in batches of places in them.
+
+    Augments what this process needs of them alone, with the draws that they have among all.
+    """
+    # (2, B) a batch: places in the chunk of this process's images and of their partners
+    pairs = [
+        torch.stack((places, places[mixing.partner]))[:, rank::world]
+        for places, mixing in zip(joint, mixings, strict=True)
+    ]
+    wanted, found = torch.unique(torch.cat(pairs, 1), return_inverse=True)
+    chosen = rows[wanted].to(split.images.device)
+    images = augment(split.images[chosen], **augmentation, draws=Draws(generator, len(rows), wanted))
+    labels = split.labels[chosen]
+    places_of = torch.split(found.to(split.images.device), [pair.shape[1] for pair in pairs], 1)
+    for places, mixing, (own, partner) in zip(joint, mixings, places_of, strict=True):
+        batch = normalize(images[own])
+        if mixing.weight < 1:
+            batch = mix(batch, normalize(images[partner]), mixing)
+        yield Batch(batch, labels[own], labels[partner], mixing.weight, len(places))
 
 
 def draw_order(split: Split, *, class_balanced: bool, generator: torch.Generator) -> Tensor:

@@ -1,5 +1,6 @@
 """From saved logits to corrections and measures: numpy only, seconds for a whole plan."""
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,8 @@ class Evaluated:
     """What is known of a cell on test; all but `measures` is of the last network.
 
     Attributes:
-        measures: {network: {"epoch": ..., correction: {measure: value}}}.
+        measures: {network: {"epoch": ..., correction: {measure: value}}}, and `provenance` where it is known: what
+            made the logits, a record a step (longtail.training.provenance).
         classes: a row for each class, with the accuracy after each correction, and the free energies of aligning.
         distributions: accuracy under other distributions of the test images.
         reliability: a row for each correction and bin of confidence, with the columns RELIABILITY.
@@ -64,6 +66,8 @@ def evaluate(
     labels_N, counts_C = arrays["test_labels"], arrays["class_counts"]
     settings = {"ece_bins": ece_bins, "many_above": many_above, "few_below": few_below}
     found = Evaluated()
+    if "provenance" in arrays:  # logits that were made before it was kept have none
+        found.measures["provenance"] = json.loads(str(arrays["provenance"]))
     for network, name in NETWORKS.items():
         if f"{network}_test_logits" not in arrays:
             continue

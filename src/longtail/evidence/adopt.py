@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from longtail.evidence import verify
+from longtail.training import provenance
 from longtail.workflow import files, locks, manifest, pipeline
 from longtail.workflow.cells import Cell
 from longtail.workflow.locks import MAKERS, STAGE_NAME, STAGES
@@ -235,7 +236,11 @@ def compare(root: Path, one: Stale, old: Worker, new: Worker, scratch: Path, ste
         raise ValueError(
             f"{kernels} changed, and this processor does not do the precision that the cell was trained in"
         )
-    return difference(was["states"], now["states"]) or other_bytes(was["written"], now["written"])
+    contents = [
+        {path: content(folder / path) for path in found["written"] if Path(path).name != provenance.FILE}
+        for folder, found in zip(folders, (was, now), strict=True)
+    ]
+    return difference(was["states"], now["states"]) or other_bytes(*contents)
 
 
 def changed_kernels(root: Path, one: Stale, old: Path) -> str:
@@ -288,6 +293,17 @@ def difference(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         if was[place]["weights"] != now[place]["weights"]:
             return f"{place}: the losses are the same, the weights after them are not"
     return ""
+
+
+def content(path: Path) -> str:
+    """The SHA-256 of a file; of an .npz, of its arrays without what says only what computed them."""
+    if path.suffix != ".npz":
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    found = hashlib.sha256()
+    for name, array in sorted(files.load_arrays(path).items()):
+        if name != "provenance":
+            found.update(f"{name} {array.dtype} {array.shape} ".encode() + array.tobytes())
+    return found.hexdigest()
 
 
 def other_bytes(was: Mapping[str, str], now: Mapping[str, str]) -> str:

@@ -6,7 +6,6 @@ epoch in which the recipe changes something. Every draw comes from (seed, epoch,
 without those before it.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -19,11 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from longtail import training
 from longtail.data import batches
-from longtail.training import engine, inference
+from longtail.training import engine, inference, provenance
 from longtail.workflow import files, stage
 
 IMAGES = 40  # of a small training split, beside one for each class
@@ -55,7 +53,7 @@ def look(
     folder: str, tree: str, stages: list[dict[str, Any]], data: Mapping[str, str], training: dict[str, Any] | None,
     steps: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """{"written": {path: SHA-256}, "states": {probe: {"losses": [...], "weights": SHA-256}}} of a cell.
+    """{"written": [path], "states": {probe: {"losses": [...], "weights": SHA-256}}} of a cell.
 
     Args:
         folder: an empty one, in which the stages run.
@@ -76,7 +74,7 @@ def look(
         there = [
             path for out in outs for path in ([out] if out.is_file() else sorted(out.rglob("*"))) if path.is_file()
         ]
-        written = {path.as_posix(): content(path) for path in there}
+        written = [path.as_posix() for path in there]
     finally:
         os.chdir(back)
     return {"written": written, "states": dict(states(steps=steps, **training)) if training else {}}
@@ -164,7 +162,7 @@ def states(
 
         with suppress(Enough):
             run.finish_epoch(between_steps)
-        return {"losses": losses, "weights": digest(run.state_dict())}
+        return {"losses": losses, "weights": provenance.digest(run.state_dict())}
 
     for epoch in epochs_of_change(recipe, block):
         yield f"epoch {epoch} in {done}", begin(epoch, steps)
@@ -182,27 +180,3 @@ def as_if_bf16() -> Iterator[None]:
         yield
     finally:
         inference.cpu_has_bf16 = before
-
-
-def digest(state: Any) -> str:
-    """The SHA-256 of all tensors in nested dictionaries and lists, in their order, whatever they are called."""
-    found = hashlib.sha256()
-
-    def add(value: Any) -> None:
-        if isinstance(value, Tensor):
-            found.update(f"{value.dtype} {tuple(value.shape)}".encode())
-            found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        elif isinstance(value, Mapping):
-            for item in value.values():
-                add(item)
-        elif isinstance(value, (list, tuple)):
-            for item in value:
-                add(item)
-
-    add(state)
-    return found.hexdigest()
-
-
-def content(path: Path) -> str:
-    """The SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -59,9 +59,7 @@ def build() -> Path:
 
     Raises OSError without a compiler or a place to write, and CalledProcessError when compiling fails.
     """
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    if compiler is None:
-        raise FileNotFoundError("no C++ compiler: none of c++, g++, clang++ is on the PATH")
+    compiler = find_compiler()
     # what -march=native stands for is part of what is built: a cache may be shared by different machines
     machine = _output(compiler, "-march=native", "-E", "-dM", "-x", "c++", os.devnull)
     built_from = [_output(compiler, "--version"), machine, *FLAGS, SOURCE.read_text()]
@@ -77,6 +75,19 @@ def build() -> Path:
             _output(compiler, "-shared", made, "-o", linked)
             linked.replace(target)
     return target
+
+
+def find_compiler() -> str:
+    """CXX, or the first compiler on the PATH. Raises FileNotFoundError without one."""
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if compiler is None:
+        raise FileNotFoundError("no C++ compiler: none of c++, g++, clang++ is on the PATH")
+    return compiler
+
+
+def compiler_version() -> str:
+    """The first line of what the compiler says of itself. Raises as `build`."""
+    return _output(find_compiler(), "--version").splitlines()[0]
 
 
 def _output(*command: str | Path) -> str:

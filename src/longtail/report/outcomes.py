@@ -24,6 +24,7 @@ MEASURES = ("accuracy", "many", "medium", "few", "balanced_error", "nll", "ece",
 HIGHEST = {"nll": math.inf, "brier": 2.0}  # of the others 1
 RESAMPLED = ("accuracy", "nll", "ece")  # those with a standard error over images
 GROUPS = ("many", "medium", "few")  # a group without classes is null
+NEEDED = (*RESAMPLED, *GROUPS)  # the others may be missing: they came after some cells had been measured
 RAW, ADJUSTED, ON_TRAIN, ON_HELD_OUT, REBALANCED = (
     "raw", "logit_adjusted", "aligned_on_train", "aligned_on_held_out", "rebalanced_on_test",
 )  # fmt: skip
@@ -146,6 +147,7 @@ class Cell:
     distributions: list[Record]
     reliability: list[Record]
     right: Mapping[str, np.ndarray]  # correction -> (N,), which test images are recognised
+    provenance: list[Record]  # what computed it, a record a step; empty where that was not kept
 
 
 @dataclass(frozen=True)
@@ -194,10 +196,10 @@ def read_measures(block: Any, where: str) -> Mapping[str, Any]:
     for correction in (key for key in CORRECTIONS if key in block):
         for measure in MEASURES:
             place = f"{where}.{correction}.{measure}"
-            if not isinstance(block[correction], Mapping) or measure not in block[correction]:
+            if not isinstance(block[correction], Mapping) or (measure in NEEDED and measure not in block[correction]):
                 raise ValueError(f"{place}: missing")
-            value = block[correction][measure]
-            if not (value is None and measure in GROUPS):
+            value = block[correction].get(measure)
+            if value is not None or measure in RESAMPLED:
                 number(value, place, HIGHEST.get(measure, 1.0))
     return block
 
@@ -257,6 +259,7 @@ def read_cell(folder: Path) -> Cell | None:
         distributions=read_table(paths[3], DISTRIBUTIONS, {"images": math.inf} | dict.fromkeys(DISTRIBUTIONS[3:], 1.0)),
         reliability=read_table(paths[4], RELIABILITY, dict.fromkeys(RELIABILITY[1:], 1.0) | {"images": math.inf}),
         right=right,
+        provenance=[*metrics.get("provenance", [])],
     )
 
 
@@ -372,7 +375,7 @@ def rows(results: Results, published: Sequence[Published]) -> list[Row]:
                     planned=len(results.plan["seeds"]),
                     seeds=seeds,
                     accuracies=[measured["accuracy"] for measured in last],
-                    measures={name: mean_and_sd(measured[name] for measured in last) for name in MEASURES},
+                    measures={name: mean_and_sd(measured.get(name) for measured in last) for name in MEASURES},
                     se_images={
                         name: statistics.fmean(measured["standard_error"][name] for measured in last)
                         for name in (RESAMPLED if seeds else ())

@@ -87,6 +87,10 @@ SAME_SUBSET = (
 )
 
 
+COMPUTED_READING = (
+    "What the training of each cell really ran on, as its metrics.json says (`provenance`): a processor without bf16 "
+    "trains in fp32. 'Not recorded': trained before that was kept, or `longtail adopt` took it over from such a one."
+)
 CELLS_READING = (
     "Accuracy of the raw logits of each at its last epoch, its files (measures, history, accuracy by class, "
     "reliability, which images are right), and the command that makes it again. Params are in params.yaml, and as they "
@@ -219,6 +223,7 @@ def section(
             "grid": grid(mine, results.plan, names),
             "more": more(mine),
             "shift": Table("Other test distributions", shift.header, shift.lines, 3, under_shift.READING),
+            "computed": computed(results, dataset),
         },
         also=also_published(results.plan, [one for one in published if one not in shift.quoted], shown),
         missing=missing(results, dataset),
@@ -306,6 +311,31 @@ def more(mine: Sequence[Row]) -> Table:
     ]  # fmt: skip
     header = ["Recipe", "Method", "Correction", *MORE.values()]
     return Table("More measures", header, lines, 3, MORE_READING, folded=True)
+
+
+def computed(results: Results, dataset: str) -> Table:
+    """What computed the cells, as far as they say: one line for all that were computed alike."""
+    alike: dict[tuple[str, ...], int] = {}
+    for (of, recipe, _, _), cell in results.cells.items():
+        if of == dataset:
+            cells = [recipe, *(by(cell.provenance) if cell.provenance else ["not recorded"] + 4 * ["-"])]
+            alike[tuple(cells)] = alike.get(tuple(cells), 0) + 1
+    lines = [[*cells, str(count)] for cells, count in alike.items()]
+    header = ["Recipe", "Precision", "Device", "Kernels", "Threads", "Versions", "Cells"]
+    return Table("What computed the cells", header, lines, 6, COMPUTED_READING, folded=True)
+
+
+def by(provenance: Sequence[Record]) -> list[str]:
+    """Precision, device, kernels, threads and versions of the training; where there were several, all that differ."""
+
+    def texts(step: Record) -> list[str]:
+        threads = f"{step['processes']} x {step['threads']}" if step["processes"] > 1 else str(step["threads"])
+        versions = ", ".join(f"{name} {version}" for name, version in step["versions"].items())
+        device = step["device"] if step["instructions"] is None else f"{step['device']}, {step['instructions']}"
+        return [step["precision"], device, "ours" if step["kernels"] else "PyTorch's", threads, versions]
+
+    trained = [step for step in provenance if step["step"] == "train"] or provenance
+    return [" / ".join(dict.fromkeys(column)) for column in zip(*map(texts, trained), strict=True)]
 
 
 def also_published(

@@ -2,7 +2,8 @@
 
 import os
 import sys
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tqdm import tqdm
 from longtail import losses, networks
 from longtail.data import batches
 from longtail.tracking.live import Live
-from longtail.training import engine, inference, machine
+from longtail.training import engine, inference, machine, provenance
 from longtail.training.checkpoints import Checkpoint
 from longtail.workflow import files, processes
 
@@ -29,7 +30,7 @@ def train(
     model: str,
     history: str,
 ) -> None:
-    """Train the cell and write its weights (folder `model`) and a row an epoch (`history`).
+    """Train the cell and write its weights and provenance (folder `model`) and a row an epoch (`history`).
 
     Args:
         cell: plan, dataset, recipe, method, seed.
@@ -45,20 +46,12 @@ def train(
     inference.set_up(seed)
     network, loss = build(splits["train"], cell["method"], method, **recipe)
     settings = {key: value for key, value in recipe.items() if key not in ("network", "normalization")}
-
     checkpoint = Checkpoint(Path("runs/.checkpoints") / f"{fingerprint}.pt", f"{fingerprint} torch {torch.__version__}")
-    name, first = " ".join(cell.values()), processes.rank() == 0
-    with ExitStack() as open_while_training:
-        if first:
-            open_while_training.enter_context(checkpoint.alone())
-            live = open_while_training.enter_context(Live(cell, fingerprint, {"recipe": recipe, "method": method}))
-            progress = open_while_training.enter_context(Progress(name, recipe["epochs"]))
-
-        def on_epoch(row: dict[str, Any]) -> None:
-            if first:
-                progress.show(row)
-                live.log(row["epoch"], {key: value for key, value in row.items() if value is not None})
-
+    first = processes.rank() == 0
+    with (
+        checkpoint.alone() if first else nullcontext(),
+        shown(cell, fingerprint, recipe, method) if first else nullcontext(lambda row: None) as on_epoch,
+    ):
         try:
             fitted = engine.fit(
                 network, loss, splits["train"], splits.get("held_out"), splits.get("test"),
@@ -66,16 +59,35 @@ def train(
             )  # fmt: skip
         except FloatingPointError as error:
             kept = f"; the checkpoint before it is {checkpoint.path}" if checkpoint.load() else ""
-            raise FloatingPointError(f"{name}: {error}{kept}") from error
+            raise FloatingPointError(f"{' '.join(cell.values())}: {error}{kept}") from error
         if first:
+            precision = inference.precision_on(device, recipe["precision"])
             _write(fitted, Path(model), history)
+            by = provenance.record("train", device, precision=precision, first_epoch=fitted.first_epoch)
+            provenance.write(model, [by])
             machine.write(
-                model, fingerprint, device, seconds=fitted.seconds,
+                model, fingerprint, device, seconds=fitted.seconds, precision=precision,
                 images_per_s=len(splits["train"]) * recipe["epochs"] / fitted.seconds,
-                precision=inference.precision_on(device, recipe["precision"]),
             )  # fmt: skip
             checkpoint.remove()
     processes.stop()
+
+
+@contextmanager
+def shown(
+    cell: dict[str, str], fingerprint: str, recipe: dict[str, Any], method: dict[str, Any]
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """What shows an epoch's row of the history: on the terminal, and in MLflow while the training runs."""
+    with (
+        Live(cell, fingerprint, {"recipe": recipe, "method": method}) as live,
+        Progress(" ".join(cell.values()), recipe["epochs"]) as progress,
+    ):
+
+        def show(row: dict[str, Any]) -> None:
+            progress.show(row)
+            live.log(row["epoch"], {key: value for key, value in row.items() if value is not None})
+
+        yield show
 
 
 def build(

@@ -6,7 +6,7 @@ random state and ends with the same bytes as an uninterrupted one.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from longtail import networks
 from longtail.data import batches
 from longtail.losses import BaseLoss
-from longtail.training import inference, optimizers
+from longtail.training import inference, optimizers, provenance
 from longtail.training.checkpoints import Checkpoint
 from longtail.workflow import processes
 
@@ -49,13 +49,29 @@ def scale_of(epoch: int, *, milestones: list[int], scales: list[float]) -> float
 
 @dataclass
 class Fitted:
-    """What training leaves: a row an epoch, the last network, and the best one on the held-out set if there is one."""
+    """What training leaves: a row an epoch, the last network, and the best one on the held-out set if there is one.
 
-    history: list[dict[str, Any]]
-    last: bytes
-    best: bytes | None
-    best_epoch: int | None
-    seconds: float  # of training and the looks at other sets, those before a resume included
+    `first_epoch` is the SHA-256 of the network's tensors after the first epoch: what another training that claims to
+    be the same one can be held against within minutes.
+    """
+
+    history: list[dict[str, Any]] = field(default_factory=list)
+    last: bytes = b""
+    best: bytes | None = None
+    best_epoch: int | None = None
+    seconds: float = 0.0  # of training and the looks at other sets, those before a resume included
+    first_epoch: str = ""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but the last network, for a checkpoint that is read without pickle's power."""
+        best = None if self.best is None else torch.frombuffer(bytearray(self.best), dtype=torch.uint8)
+        return {**vars(self), "last": None, "best": best}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> "Fitted":
+        """What `state_dict` gave."""
+        best = None if state["best"] is None else state["best"].numpy().tobytes()
+        return cls(**{**state, "last": b"", "best": best})
 
 
 def fit(
@@ -85,56 +101,56 @@ def fit(
     Raises FloatingPointError, naming epoch, step and lr, when a loss is not finite; the last checkpoint stays.
     """
     training = Training(network, loss, train, seed=seed, epochs=epochs, gradients=bool(gradients_every), **recipe)
-    fitted = Fitted([], b"", None, None, 0.0)
-    state = checkpoint.load()
+    fitted, state = Fitted(), checkpoint.load()
     if state is not None:
         training.load_state_dict(state["training"])
-        fitted = Fitted(state["history"], b"", _bytes(state["best"]), state["best_epoch"], state["seconds"])
-    clock = perf_counter()
-
-    def snapshot() -> dict[str, Any]:
-        best = None if fitted.best is None else torch.frombuffer(bytearray(fitted.best), dtype=torch.uint8)
-        return {
-            "training": training.state_dict(), "history": fitted.history, "best": best,
-            "best_epoch": fitted.best_epoch, "seconds": fitted.seconds + perf_counter() - clock,
-        }  # fmt: skip
+        fitted = Fitted.from_state_dict(state["fitted"])
+    started = perf_counter() - fitted.seconds
 
     def between_steps() -> None:
-        due = torch.tensor(float(checkpoint.due()), device=training.device)
-        if processes.from_first(due):  # one clock decides for all
-            state = snapshot()
+        now = torch.tensor(float(checkpoint.due()), device=training.device)
+        if processes.from_first(now):  # one clock decides for all
+            fitted.seconds = perf_counter() - started
+            state = {"training": training.state_dict(), "fitted": fitted.state_dict()}
             if processes.rank() == 0:
                 checkpoint.save(lambda: state)
 
     while training.epoch <= epochs:
-        start = perf_counter()
+        clock = perf_counter()
         images = training.finish_epoch(between_steps)
-        row = training.row()
-        row["images_per_s"] = images / (perf_counter() - start)
-        final = training.averaged()
-        row["held_out_accuracy"] = row["test_accuracy"] = None
-        if held_out is not None:
-            row["held_out_accuracy"] = class_accuracy(final, held_out, precision=training.precision)
-            best_so_far = max((past["held_out_accuracy"] for past in fitted.history), default=-1.0)
-            if row["held_out_accuracy"] > best_so_far:
-                fitted.best, fitted.best_epoch = networks.to_bytes(final), training.epoch
-        if test is not None and test_every and training.epoch % test_every == 0:
-            row["test_accuracy"] = class_accuracy(final, test, precision=training.precision)
-        on_epoch(dict(row))
-        del row["images_per_s"]
-        if gradients_every and training.epoch % gradients_every == 0:
+        images_per_s = images / (perf_counter() - clock)
+        row = training.row() | look(training, fitted, held_out, test if due(training.epoch, test_every) else None)
+        on_epoch({**row, "images_per_s": images_per_s})
+        if due(training.epoch, gradients_every):
             ratios_C = training.gradient_ratios().tolist()
             row |= {f"gradient_ratio_{c}": float(f"{ratio:.4g}") for c, ratio in enumerate(ratios_C)}
         fitted.history.append(row)
+        fitted.first_epoch = fitted.first_epoch or provenance.digest(network.state_dict())
         training.next_epoch()
         between_steps()
-    fitted.seconds += perf_counter() - clock
+    fitted.seconds = perf_counter() - started
     fitted.last = networks.to_bytes(training.averaged())
     return fitted
 
 
-def _bytes(tensor: Tensor | None) -> bytes | None:
-    return None if tensor is None else tensor.numpy().tobytes()
+def due(epoch: int, every: int) -> bool:
+    """Whether something that is done every so many epochs is done in this one; never for 0."""
+    return every > 0 and epoch % every == 0
+
+
+def look(
+    training: "Training", fitted: Fitted, held_out: batches.Split | None, test: batches.Split | None
+) -> dict[str, float | None]:
+    """The epoch's accuracies on other sets, None without a set; keeps the network that is the best on held-out."""
+    final = training.averaged()
+    found = {
+        f"{name}_accuracy": None if split is None else class_accuracy(final, split, precision=training.precision)
+        for name, split in (("held_out", held_out), ("test", test))
+    }
+    accuracy = found["held_out_accuracy"]
+    if accuracy is not None and accuracy > max((row["held_out_accuracy"] for row in fitted.history), default=-1.0):
+        fitted.best, fitted.best_epoch = networks.to_bytes(final), training.epoch
+    return found
 
 
 class Training:

@@ -9,7 +9,8 @@ from pathlib import Path
 from time import perf_counter
 
 from longtail import networks
-from longtail.training import inference, machine
+from longtail.training import inference, machine, provenance
+from longtail.training.cell import HISTORY
 from longtail.workflow import files
 
 
@@ -26,11 +27,11 @@ def run(fingerprint: str, cells: Sequence[str], *, out: str, history: str) -> No
     apart = networks.Apart([networks.load(Path(cell) / "model" / "last.safetensors") for cell in cells])
     networks.save(apart, Path(out) / "last.safetensors")
     files.write_json(Path(out) / "epochs.json", {"last": epochs[0]["last"]})
-    columns = ["epoch", "lr", "loss", "train_accuracy", "held_out_accuracy", "test_accuracy"]
     mean = [
-        {key: mean_of([row[key] for row in same_epoch]) for key in columns} for same_epoch in zip(*rows, strict=True)
+        {key: mean_of([row[key] for row in same_epoch]) for key in HISTORY} for same_epoch in zip(*rows, strict=True)
     ]
-    files.write_csv(history, [row | {"epoch": number} for number, row in enumerate(mean, 1)], columns)
+    files.write_csv(history, [row | {"epoch": number} for number, row in enumerate(mean, 1)], HISTORY)
+    provenance.write(out, [record for cell in cells for record in provenance.read(Path(cell) / "model")])
     machine.write(out, fingerprint, inference.find_device(), seconds=perf_counter() - start)
 
 

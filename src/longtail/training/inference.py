@@ -1,6 +1,7 @@
 """From images to logits: the last step that needs a network. What follows takes seconds and no torch."""
 
 import ctypes
+import json
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from longtail import networks
 from longtail.data import batches
+from longtail.training import provenance
 from longtail.workflow import files
 
 PREDICT_BATCH = 512  # images; does not change a prediction by more than rounding
@@ -87,6 +89,7 @@ def predict(data: str, model: str, out: str) -> None:
     """Write the logits (E, N, C) of every split, without augmentation, for the last and the best network.
 
     Prediction is in float32 whatever the training's precision, so that it adds no rounding of its own.
+    What made the network and the logits goes with them (`provenance`, JSON).
 
     Raises ValueError when the weights are no network or do not fit the images.
     """
@@ -106,6 +109,8 @@ def predict(data: str, model: str, out: str) -> None:
         split = batches.Split.from_arrays(arrays[f"{name}_images"], arrays[f"{name}_labels"], classes, device)
         for which, network in nets.items():
             predictions[f"{which}_{name}_logits"] = logits(network, split, precision="fp32").numpy()
+    made = [*provenance.read(model), provenance.record("predict", device, precision="fp32")]
+    predictions["provenance"] = np.array(json.dumps(made))
     for which, epoch in epochs.items():
         predictions[f"{which}_epoch"] = np.array(epoch)
     files.save_arrays(out, **predictions)

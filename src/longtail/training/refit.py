@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longtail import heads, networks
 from longtail.data import batches
-from longtail.training import inference, machine
+from longtail.training import inference, machine, provenance
 from longtail.workflow import files
 
 
@@ -69,4 +69,5 @@ def run(
         networks.save(network, Path(out) / f"{which}.safetensors")
     files.write_bytes(Path(out) / "epochs.json", (Path(model) / "epochs.json").read_bytes())
     files.write_bytes(history_out, Path(history).read_bytes())
+    provenance.write(out, [*provenance.read(model), provenance.record("refit", device, precision="fp32")])
     machine.write(out, fingerprint, device, seconds=perf_counter() - start)

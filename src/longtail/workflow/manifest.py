@@ -18,11 +18,12 @@ from longtail.workflow.meaning import Package, Unit, program, reached
 FOLDER = "stages/code"
 BESIDE = (".cpp", ".j2")  # what modules name beside Python: kernels, templates
 PACKAGE = "longtail"
-# What cannot change a result: the stage's frame, the schema (it only refuses), tracking, and what a machine is called.
+# What cannot change a result: the stage's frame, the schema (it only refuses), tracking, and what a machine is.
 PLUMBING = frozenset(
     f"{PACKAGE}.{name}"
     for name in (
-        *("tracking.live", "training.machine", "workflow.declaration", "workflow.fingerprint", "workflow.jobs"),
+        *("tracking.live", "training.machine", "training.provenance"),
+        *("workflow.declaration", "workflow.fingerprint", "workflow.jobs"),
         *("workflow.manifest", "workflow.meaning", "workflow.params", "workflow.ranges", "workflow.stage"),
         "workflow.warm",
     )
