@@ -4,13 +4,14 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import yaml
 from conftest import ROOT
 
 from longtail.evidence import adopt, probe
 from longtail.training import provenance
-from longtail.workflow import locks
+from longtail.workflow import files, locks
 from longtail.workflow.cells import Cell
 
 CE = "digits_if20-digits-ce-0"
@@ -145,6 +146,20 @@ def test_epochs_of_change():
     assert probe.epochs_of_change(recipe, {"deferred": 0.9}) == [1, 6, 29, 161, 181, 200]
     assert probe.epochs_of_change(recipe, {"deferred": 0.5})[3] == 101
     assert probe.epochs_of_change(recipe, {"deferred": 1})[-1] == 200
+
+
+def test_what_computed_a_file_is_no_difference_and_every_number_is(tmp_path):
+    def arrays(name, by, value):
+        return adopt.content(files.save_arrays(tmp_path / f"{name}.npz", provenance=np.array(by), x=np.array([value])))
+
+    def measures(folder, by, value):
+        return adopt.content(files.write_json(tmp_path / folder / "metrics.json", {"provenance": by, "last": value}))
+
+    for content in (arrays, measures):
+        one = content("one", "here", 1.0)
+        assert content("two", "there", 1.0) == one != content("three", "here", 1.001)
+    plain = [files.write_text(tmp_path / name, text) for name, text in (("a.csv", "provenance 1"), ("b.csv", "2"))]
+    assert adopt.content(plain[0]) != adopt.content(plain[1])
 
 
 def test_a_digest_is_of_every_tensor_and_not_of_names():

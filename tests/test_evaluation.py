@@ -9,9 +9,10 @@ import torch
 from longtail import networks, posthoc
 from longtail.evaluation import cell as evaluation
 from longtail.evaluation import metrics
+from longtail.networks import kernels
 from longtail.posthoc import predictions
 from longtail.training import cell as training
-from longtail.training import inference
+from longtail.training import engine, inference, provenance
 from longtail.workflow import files
 
 ALIGN = {"reading": "normalized", "weights": "balanced", "temperature": 1.0, "strength": 1.0}
@@ -78,6 +79,38 @@ def test_training_leaves_its_history_and_no_checkpoint(cell, tmp_path):
     assert not list(tmp_path.glob("runs/.checkpoints/*.pt*"))
     machine = json.loads((tmp_path / "cell/machine.json").read_text())
     assert machine["training"] == "f" * 16 and machine["seconds"] > 0
+
+
+def test_what_computed_a_cell_goes_with_it(cell, monkeypatch):
+    """From the weights to the measures; and the digest is that of the network after one epoch."""
+    files.write_json("cell/alignment.json", predictions.align("cell/predictions.npz", **ALIGN))
+    found = evaluation.evaluate("cell/predictions.npz", "cell/alignment.json", **EVALUATE).measures["provenance"]
+    assert [step["step"] for step in found] == ["train", "predict"]
+    train = found[0]
+    assert train["precision"] == RECIPE["precision"] == "fp32" and train["device"] == "cpu"
+    assert train["threads"] == torch.get_num_threads() and train["processes"] == 1
+    assert train["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert train["kernels"] == (train["compiler"] is not None) == (kernels.library() is not None)
+
+    weights = []
+    monkeypatch.setattr(engine.Training, "next_epoch", lambda self: weights.append(self.network) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        training.train(
+            CELL, "0" * 16, data="data.npz", recipe=RECIPE, method={"taus": [0.0, 1.0, 2.0]},
+            model="again/model", history="again/history.csv",
+        )  # fmt: skip
+    assert train["first_epoch"] == provenance.digest(weights[0].state_dict())
+    last = networks.load("cell/model/last.safetensors").state_dict()
+    assert train["first_epoch"] != provenance.digest(last)
+
+
+def test_logits_of_before_have_no_provenance_and_are_measured_all_the_same(cell):
+    arrays = dict(files.load_arrays("cell/predictions.npz"))
+    files.write_json("cell/alignment.json", predictions.align("cell/predictions.npz", **ALIGN))
+    with_it = evaluation.evaluate("cell/predictions.npz", "cell/alignment.json", **EVALUATE).measures
+    del arrays["provenance"], with_it["provenance"]
+    files.save_arrays("before.npz", **arrays)
+    np.testing.assert_equal(evaluation.evaluate("before.npz", "cell/alignment.json", **EVALUATE).measures, with_it)
 
 
 def test_alignment_is_fitted_on_train_and_held_out_alone(cell):

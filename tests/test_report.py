@@ -489,6 +489,34 @@ def edit(path, change):
     path.write_text(json.dumps(value))
 
 
+def test_a_measure_that_some_cells_do_not_have_yet_is_a_dash_there(cells, published, tmp_path):
+    """A new measure must not make the cells of other plans unreadable."""
+    for path in (cells / "toy_if10/plain/ce").rglob("metrics.json"):
+        edit(path, lambda m: [block.pop("aurc") for block in m["last"].values() if isinstance(block, dict)])
+    table = outcomes.rows(outcomes.read("toy", PLAN, cells), [])
+    known = {row.method: row.measures["aurc"].mean for row in table if row.n and row.recipe == "plain"}
+    assert known["ce"] is None and known["balpoe"] is not None
+    assert "| AURC |" in written(cells, published, tmp_path / "out")["table.md"].decode()
+
+
+def test_what_computed_the_cells_is_said_of_each_and_not_recorded_where_it_was_not(cells, published, tmp_path):
+    by = {"device": "cpu", "instructions": "AVX2", "kernels": False, "threads": 2, "processes": 1}
+    steps = [
+        {"step": "train", "precision": "bf16", "versions": {"torch": "2.9"}, **by, "instructions": "AVX512 bf16"},
+        {"step": "refit", "precision": "fp32", "versions": {"torch": "2.9"}, **by},
+    ]
+    edit(cells / "toy_if10/plain/ce/0/metrics.json", lambda m: m.update(provenance=steps))
+    edit(cells / "toy_if10/plain/ce/1/metrics.json", lambda m: m.update(provenance=[steps[0], steps[0] | by]))
+    text = written(cells, published, tmp_path / "out")["table.md"].decode()
+    rows = [line for line in text.split("### What computed the cells")[1].split("###")[0].splitlines() if "|" in line]
+    assert rows[2:] == [
+        "| plain | bf16 | cpu, AVX512 bf16 | PyTorch's | 2 | torch 2.9 | 1 |",
+        "| plain | bf16 | cpu, AVX512 bf16 / cpu, AVX2 | PyTorch's | 2 | torch 2.9 | 1 |",
+        *(line for line in rows if "not recorded" in line),
+    ]
+    assert any("| plain | not recorded | - | - | - | - |" in line for line in rows)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
