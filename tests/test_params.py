@@ -2,6 +2,7 @@
 
 import copy
 import re
+import shutil
 
 import pytest
 import yaml
@@ -252,3 +253,22 @@ def test_bad_file(tmp_path, text, message):
 def test_missing_file(tmp_path):
     with pytest.raises(params.ParamsError, match="no such file"):
         params.load(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("class Other:\n    pass\n", "defines no Loss.__init__"),
+        ("class Loss:\n    pass\n", "defines no Loss.__init__"),
+        ("class Loss:\n    def __init__(self, class_counts, gamma: float): ...\n", "takes 'gamma' by place"),
+        ("class Loss:\n    def __init__(self, class_counts, *, gamma): ...\n", "'gamma' of Loss.__init__ has no annotation"),
+    ],
+)  # fmt: skip
+def test_a_loss_that_says_too_little_is_named(tmp_path, monkeypatch, text, message):
+    """What a newcomer writes first."""
+    library = tmp_path / "src/longtail"
+    shutil.copytree(params.LIBRARY, library, ignore=shutil.ignore_patterns("__pycache__"))
+    (library / "losses/mine.py").write_text(text)
+    monkeypatch.setattr(params, "LIBRARY", library)
+    with pytest.raises(params.ParamsError, match=f"methods.mine: src/longtail/losses/mine.py: .*{message}"):
+        params.validate(changed("methods.mine", {}))

@@ -242,16 +242,30 @@ def signature_block(file: Path, function: str) -> type[Block]:
 
     Read from the source rather than by importing it: checking params.yaml must not import torch. `function` is
     `name` or `Class.name`. The annotations are names of longtail.workflow.ranges or plain types.
+
+    Raises ValueError, naming the file, where there is no such function or an argument says nothing of its values.
     """
+    place = file.relative_to(LIBRARY.parents[1])
     body: list[ast.stmt] = ast.parse(file.read_text()).body
     for part in function.split("."):
-        node = next(item for item in body if isinstance(item, (ast.ClassDef, ast.FunctionDef)) and item.name == part)
+        there = (item for item in body if isinstance(item, (ast.ClassDef, ast.FunctionDef)) and item.name == part)
+        node = next(there, None)
+        if node is None:
+            raise ValueError(f"{place}: defines no {function}")
         body = node.body
-    assert isinstance(node, ast.FunctionDef)
+    if not isinstance(node, ast.FunctionDef):
+        raise ValueError(f"{place}: {function} is no function")
+    if function.endswith(".__init__") and len(node.args.args) > 2:  # self, class_counts
+        raise ValueError(
+            f"{place}: {function} takes {node.args.args[2].arg!r} by place; the keys of a block come after a `*`"
+        )
     fields: dict[str, Any] = {}
     for argument, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True):
         if argument.annotation is None:
-            raise TypeError(f"{file}: argument {argument.arg!r} of {function} has no annotation")
+            raise ValueError(
+                f"{place}: argument {argument.arg!r} of {function} has no annotation, which says what is allowed "
+                "(longtail.workflow.ranges, or a plain type)"
+            )
         kind = eval(ast.unparse(argument.annotation), dict(vars(ranges)))  # our own source, not input
         fields[argument.arg] = (kind, ... if default is None else ast.literal_eval(default))
     return create_model(function, __base__=Block, **fields)
@@ -334,9 +348,8 @@ def validate(value: Any, file: str = "params.yaml") -> None:
         if reader not in _choices(READERS):
             problems.append(f"sources.{name}.reader = {reader!r}: must be one of {', '.join(_choices(READERS))}")
         else:
-            schema = signature_block(LIBRARY / READERS / reader / "__init__.py", "read")
             settings = {key: item for key, item in block.items() if key != "reader"}
-            _validated(schema, settings, f"sources.{name}", problems)
+            _check_settings(f"{READERS}/{reader}", "read", settings, f"sources.{name}", problems)
     _check_names(value, problems)
     if problems:
         raise ParamsError("\n".join(f"{file}: {problem}" for problem in problems))
@@ -372,7 +385,18 @@ def _check_method(method: str, block: Any, problems: list[str]) -> None:
         problems.append(f"{given}: no file src/longtail/{folder}/{name}.py; there are {there}")
         return
     settings = {key: item for key, item in block.items() if key != what} if isinstance(block, dict) else block
-    _validated(signature_block(LIBRARY / folder / f"{name}.py", function), settings, f"methods.{method}", problems)
+    _check_settings(f"{folder}/{name}", function, settings, f"methods.{method}", problems)
+
+
+def _check_settings(name: str, function: str, settings: Any, where: str, problems: list[str]) -> None:
+    """Hold the settings of a block against the arguments of the function that they are for, in a file or a package."""
+    package, file = LIBRARY / name / "__init__.py", LIBRARY / f"{name}.py"
+    try:
+        schema = signature_block(package if package.exists() else file, function)
+    except ValueError as error:
+        problems.append(f"{where}: {error}")
+    else:
+        _validated(schema, settings, where, problems)
 
 
 def _section(value: dict[str, Any], section: str, problems: list[str]) -> dict[str, Any]:
