@@ -261,7 +261,7 @@ def test_missing_file(tmp_path):
         ("class Other:\n    pass\n", "defines no Loss.__init__"),
         ("class Loss:\n    pass\n", "defines no Loss.__init__"),
         ("class Loss:\n    def __init__(self, class_counts, gamma: float): ...\n", "takes 'gamma' by place"),
-        ("class Loss:\n    def __init__(self, class_counts, *, gamma): ...\n", "'gamma' of Loss.__init__ has no annotation"),
+        ("class Loss:\n    def __init__(self, class_counts, *, gamma): ...\n", "'gamma' of Loss.__init__ has no annot"),
     ],
 )  # fmt: skip
 def test_a_loss_that_says_too_little_is_named(tmp_path, monkeypatch, text, message):
