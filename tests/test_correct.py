@@ -1,10 +1,15 @@
 """`longtail correct` and the files that it reads: every kind, in slices, with errors that say where."""
 
 import json
+import re
+import subprocess
+import sys
+import tomllib
 
 import numpy as np
 import pyarrow
 import pytest
+from conftest import ROOT
 from pyarrow import parquet
 from scipy.special import log_softmax
 
@@ -31,6 +36,51 @@ def folder(tmp_path, monkeypatch):
     parquet.write_table(pyarrow.table(columns), "test.parquet")
     parquet.write_table(pyarrow.table({"logits": [*logits.tolist()]}), "lists.parquet")
     return tmp_path
+
+
+WITHOUT = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {missing}:
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Missing())
+from longtail import cli
+cli.main()
+"""
+
+
+def test_corrections_need_nothing_of_the_pipeline(tmp_path):
+    """`pip install .` without an extra: what pyproject.toml names for the pipeline is not there."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["pipeline"]
+    missing = {{"pillow": "PIL"}.get(name, name) for name in (re.split(r"[.\[]", line)[0] for line in extras)}
+    assert {"torch", "dvc", "mlflow"} <= missing
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "x.npy", rng.normal(size=(60, 3)))
+    np.save(tmp_path / "y.npy", np.arange(60) % 3)
+    on = ["--fit", "x.npy", "--fit-labels", "y.npy", "--fitted-on", "train"]
+    words = ["correct", "x.npy", "--labels", "y.npy", *on, "--out", "z.npy"]
+        "correct",
+        "x.npy",
+        "--labels",
+        "y.npy",
+        "--fit",
+        "x.npy",
+        "--fit-labels",
+        "y.npy",
+        "--fitted-on",
+        "train",
+        "--out",
+        "z.npy",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT.format(missing=missing), *words],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "z.npy").exists()
 
 
 @pytest.mark.parametrize("name", ["test.npy", "test.csv", "one.npz", "test.parquet", "lists.parquet"])

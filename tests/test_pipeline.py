@@ -64,7 +64,7 @@ def test_a_stage_is_read_as_dvc_reads_it(stages, monkeypatch):
 
 
 def test_dvc_has_the_compiled_parser_and_reads_the_same_with_it():
-    assert main.CParser is not None, "pip install -c constraints.txt -e ."
+    assert main.CParser is not None, "pip install -c constraints.txt -e '.[pipeline]'"
     for path in (ROOT / "params.yaml", *(ROOT / "stages").glob("**/dvc.yaml"), ROOT / "stages/quick/dvc.lock"):
         compiled, plain = (main.YAML(typ="safe", pure=pure).load(path.read_text()) for pure in (False, True))
         assert repr(compiled) == repr(plain), path
