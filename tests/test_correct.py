@@ -62,19 +62,6 @@ def test_corrections_need_nothing_of_the_pipeline(tmp_path):
     np.save(tmp_path / "y.npy", np.arange(60) % 3)
     on = ["--fit", "x.npy", "--fit-labels", "y.npy", "--fitted-on", "train"]
     words = ["correct", "x.npy", "--labels", "y.npy", *on, "--out", "z.npy"]
-        "correct",
-        "x.npy",
-        "--labels",
-        "y.npy",
-        "--fit",
-        "x.npy",
-        "--fit-labels",
-        "y.npy",
-        "--fitted-on",
-        "train",
-        "--out",
-        "z.npy",
-    ]
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT.format(missing=missing), *words],
         cwd=tmp_path, capture_output=True, text=True, check=False,
