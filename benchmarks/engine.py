@@ -2,9 +2,10 @@
 
 python -m benchmarks.engine            # under ten minutes on two cores; writes benchmarks/results/engine.md
 python -m benchmarks.engine --quick    # seconds; prints only
+python -m benchmarks.engine --loop     # the second part alone; prints only
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -24,47 +25,52 @@ QUICK = Setting(depth=8, images=64, batch_size=16, turn=64, side=512)
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, write."""
-    args = flags(__doc__, argv)
+    args = flags(__doc__, argv, "--loop")
     base = QUICK if args.quick else Setting()
-    turns, loop_turns = ({3: 1}, 1) if args.quick else (TURNS, LOOP_TURNS)
-    loops = [(3, QUICK.batch_size)] if args.quick else LOOPS
-    loop_base = base if args.quick else replace(base, turn=LOOP_TURN)
     report = Report()
     with Worker("machine", base) as machine:
-        about = machine.hello
-        report.say(
-            "# The engine's speed", "", machine_line(about), "",
-            f"ResNet-{base.depth}, batches of {base.batch_size}, {base.images:,} images of 32x32 in {base.classes} "
-            "classes. Rates are medians over turns, and ratios are medians of the turns' own ratios.", "",
-            "Share of peak: what the convolutions and the head of a training step compute (three times what PyTorch's "
-            "counter finds in a forward pass in evaluation mode; a multiply-add is two operations), over the rate of "
-            f"a matrix product of side {base.side} in {about['precision']}, measured in the same turn.",
-        )  # fmt: skip
-        seen: dict[str, list[float]] = {"loaded": [], "peak": []}
-        report.table(
-            ("Experts, augmentation", "Bare step (images/s)", "Epoch (images/s)", "Epoch / bare", "Share of peak, bare",
-             "Share of peak, epoch", "Peak memory (MB)"),
-            (
-                training_row(replace(base, experts=experts, **changes), f"{experts}, {name}", count, machine, seen)
-                for experts, count in turns.items()
-                for name, changes in AUGMENTATIONS.items()
-            ),
-        )  # fmt: skip
-    report.say(
-        f"The matrix product runs at {median(seen['peak']) / 1e9:,.0f} GFLOP/s. Of the memory, "
-        f"{median(seen['loaded']):,.0f} MB are Python and PyTorch before there is a network.", "",
-    )  # fmt: skip
+        report.say("# The engine's speed", "", machine_line(machine.hello), "")
+        if not args.loop:
+            of_the_machine(report, base, {3: 1} if args.quick else TURNS, machine)
+        precision = machine.hello["precision"]
     report.say(
         "## Against the straightforward loop", "",
         "Steps on ready batches, the two in turns: eager PyTorch as one writes it (benchmarks/straightforward.py), in "
-        f"{about['precision']}{'' if about['precision'] == 'bf16' else ', since this CPU has no bf16'} as the engine.",
+        f"{precision}{'' if precision == 'bf16' else ', since this CPU has no bf16'} as the engine.",
     )  # fmt: skip
+    loops = [(3, QUICK.batch_size)] if args.quick else LOOPS
+    loop_base, loop_turns = (base, 1) if args.quick else (replace(base, turn=LOOP_TURN), LOOP_TURNS)
     report.table(
         ("Experts, batch size", "Straightforward (images/s)", "Engine (images/s)", "Engine / straightforward"),
         (against_loop(replace(loop_base, experts=experts, batch_size=size), loop_turns) for experts, size in loops),
     )
-    if args.results is not None:
+    if args.results is not None and not args.loop:
         report.write(args.results / "engine.md")
+
+
+def of_the_machine(report: Report, base: Setting, turns: Mapping[int, int], machine: Worker) -> None:
+    """The first part: what training takes of the machine."""
+    report.say(
+        f"ResNet-{base.depth}, batches of {base.batch_size}, {base.images:,} images of 32x32 in {base.classes} "
+        "classes. Rates are medians over turns, and ratios are medians of the turns' own ratios.", "",
+        "Share of peak: what the convolutions and the head of a training step compute (three times what PyTorch's "
+        "counter finds in a forward pass in evaluation mode; a multiply-add is two operations), over the rate of "
+        f"a matrix product of side {base.side} in {machine.hello['precision']}, measured in the same turn.",
+    )  # fmt: skip
+    seen: dict[str, list[float]] = {"loaded": [], "peak": []}
+    report.table(
+        ("Experts, augmentation", "Bare step (images/s)", "Epoch (images/s)", "Epoch / bare", "Share of peak, bare",
+         "Share of peak, epoch", "Peak memory (MB)"),
+        (
+            training_row(replace(base, experts=experts, **changes), f"{experts}, {name}", count, machine, seen)
+            for experts, count in turns.items()
+            for name, changes in AUGMENTATIONS.items()
+        ),
+    )  # fmt: skip
+    report.say(
+        f"The matrix product runs at {median(seen['peak']) / 1e9:,.0f} GFLOP/s. Of the memory, "
+        f"{median(seen['loaded']):,.0f} MB are Python and PyTorch before there is a network.", "",
+    )  # fmt: skip
 
 
 def training_row(setting: Setting, name: str, turns: int, machine: Worker, seen: dict[str, list[float]]) -> list[str]:
