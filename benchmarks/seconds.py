@@ -27,9 +27,9 @@ import numpy as np
 import yaml
 
 from benchmarks.harness import RESULTS, ROOT, Report
-from longtail import cli
 from longtail.posthoc import predictions
 from longtail.workflow import files, pipeline
+from longtail.workflow.cells import of_plan
 from longtail.workflow.locks import STAGES
 
 PLAN = "seconds"
@@ -130,7 +130,7 @@ def plan_of(folder: Path, seeds: int) -> None:
         else:
             for name in ("predictions.npz", "alignment.json"):
                 shutil.copyfile(first / name, run / name)
-    cells = cli.cells(values["plans"][PLAN])
+    cells = [cell.name for cell in of_plan(PLAN, values["plans"][PLAN])]
     vouch(folder, {pipeline.SHARED: ["check", "manifests", "download@cifar100", "subsample@cifar100_if100"]})
     vouch(folder, {pipeline.file(PLAN): [f"{stage}-{PLAN}@{cell}" for cell in cells for stage in STAGES]})
 
@@ -173,7 +173,7 @@ def nothing_to_do(report: Report, tree: Path, temporary: Path, repeat: int) -> N
     vouch(alone, vouched)
     params = yaml.safe_load((whole / "params.yaml").read_text())
     every = number + sum(
-        len(cli.cells(block)) * len(STAGES) + 1 for plan, block in params["plans"].items() if plan != "quick"
+        len(of_plan(plan, block)) * len(STAGES) + 1 for plan, block in params["plans"].items() if plan != "quick"
     )
     few, many = empty(temporary / "few", number), empty(temporary / "many", every)
     named = f"{pipeline.file('quick')} dvc.yaml"

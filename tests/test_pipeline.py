@@ -16,6 +16,7 @@ from ruamel.yaml import main
 
 from longtail import cli
 from longtail.workflow import declaration, manifest, pipeline
+from longtail.workflow.cells import Cell, of_plan
 from longtail.workflow.jobs import Job
 from longtail.workflow.locks import STAGES
 
@@ -89,8 +90,8 @@ def test_every_cell_of_every_plan_has_its_stages_and_there_are_no_others(stages)
         *(
             address
             for plan, block in plans.items()
-            for cell in cli.cells(block)
-            for address in cli.stages(PARAMS, plan, cell)
+            for cell in of_plan(plan, block)
+            for address in cli.stages(PARAMS, cell)
         ),
     }
     assert set(stages) == expected
@@ -410,11 +411,11 @@ def test_a_job_goes_on_after_a_stage_that_failed_and_after_its_own_end(clone, mo
     job = Job({})
     try:
         assert not job.run(["stages/quick/dvc.yaml:nothing"])
-        assert job.run(cli.stages(PARAMS, "quick", CE))
+        assert job.run(cli.stages(PARAMS, Cell.parse("quick", CE)))
         assert job.process is not None
         job.process.kill()
         job.process.wait()
-        assert job.unchanged(cli.stages(PARAMS, "quick", CE))
+        assert job.unchanged(cli.stages(PARAMS, Cell.parse("quick", CE)))
     finally:
         job.close()
 
@@ -468,7 +469,7 @@ def test_jobs_share_the_devices(asked, monkeypatch):
     monkeypatch.setenv("LONGTAIL_DEVICE", "cuda:0,cuda:1")
     assert cli.run("quick", "*", 3) == 0
     cells = [device for device, addresses in asked if len(addresses) == len(STAGES)]
-    assert len(cells) == len(cli.cells(PARAMS["plans"]["quick"])) and set(cells) == {"cuda:0", "cuda:1"}
+    assert len(cells) == len(of_plan("quick", PARAMS["plans"]["quick"])) and set(cells) == {"cuda:0", "cuda:1"}
     assert asked[-3:] == [("closed", [])] * 3
 
 
@@ -502,11 +503,11 @@ def test_a_report_that_failed_is_a_failure(asked, capsys, monkeypatch):
 
 
 def test_a_plan_with_readings_compares_its_cells_and_reads_them(asked, capsys, monkeypatch):
-    cell = "cifar100_if100_held_out-fast-ce-1"
-    assert [address.rpartition(":")[2].partition("-")[0] for address in cli.stages(PARAMS, "posthoc", cell)] == [
-        "train", "predict", "align", "evaluate", "compare",
-    ]  # fmt: skip
-    assert not any("compare" in address for address in cli.stages(PARAMS, "quick", "digits_if20-digits-ce-0"))
+    name = "cifar100_if100_held_out-fast-ce-1"
+    addresses = cli.stages(PARAMS, Cell.parse("posthoc", name))
+    kinds = [address.rpartition(":")[2].partition("-")[0] for address in addresses]
+    assert kinds == ["train", "predict", "align", "evaluate", "compare"]
+    assert not any("compare" in address for address in cli.stages(PARAMS, Cell.parse("quick", CE)))
     assert cli.run("posthoc", "*", 1) == 0
     assert made(asked) == ["readings-posthoc", "report-posthoc"]
     monkeypatch.setattr(FakeJob, "fails", ("readings-posthoc",))

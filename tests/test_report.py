@@ -16,6 +16,7 @@ from longtail.evaluation import cell as evaluation
 from longtail.report import answers, differences, outcomes, plots
 from longtail.report import page as report
 from longtail.workflow import files
+from longtail.workflow.cells import Cell
 
 PLAN = {
     "datasets": ["toy_if10"],
@@ -448,9 +449,9 @@ def test_missing_cells_are_listed_and_do_not_stop_the_report(cells, published, t
     plan = PLAN | {"methods": ["ce", "balpoe", "gala"]}
     results = outcomes.read("toy", plan, cells)
     assert results.missing == [
-        ("toy_if10", "plain", "ce", 1),
-        ("toy_if10", "plain", "gala", 0),
-        ("toy_if10", "plain", "gala", 1),
+        Cell("toy", "toy_if10", "plain", "ce", "1"),
+        Cell("toy", "toy_if10", "plain", "gala", "0"),
+        Cell("toy", "toy_if10", "plain", "gala", "1"),
     ]
     table = outcomes.rows(results, [])
     assert find(table, "ce").n == 1 and find(table, "gala").n == 0
@@ -679,8 +680,8 @@ def test_training_time_is_drawn_where_it_is_known(cells, published, tmp_path):
     files.write_csv(times, rows, list(rows[0]))
     results = outcomes.read("toy", PLAN, cells, times)
     assert results.cost == {
-        ("toy_if10", "plain", "ce", 1): {"minutes": 10, "memory_mib": None},
-        ("toy_if10", "plain", "balpoe", 0): {"minutes": 1, "memory_mib": 900.5},
+        Cell("toy", "toy_if10", "plain", "ce", "1"): {"minutes": 10, "memory_mib": None},
+        Cell("toy", "toy_if10", "plain", "balpoe", "0"): {"minutes": 1, "memory_mib": 900.5},
     }
     page = Page(page_of(results, outcomes.read_published(published)))
     assert [image["alt"] for image in page.images[-2:]] == [

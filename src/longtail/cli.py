@@ -7,22 +7,16 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
-from itertools import product
 from pathlib import Path
 from queue import Queue
 from typing import Any
 
 from longtail.workflow import files, pipeline
 from longtail.workflow import params as schema
+from longtail.workflow.cells import Cell, of_plan
 from longtail.workflow.jobs import Job
 from longtail.workflow.locks import MAKERS, STAGES
 from longtail.workflow.pipeline import SHARED
-
-
-def cells(plan: dict[str, Any]) -> list[str]:
-    """The names `<dataset>-<recipe>-<method>-<seed>` of a plan's cells, in its order."""
-    axes = (plan["datasets"], plan["recipes"], plan["methods"], plan["seeds"])
-    return ["-".join(map(str, cell)) for cell in product(*axes)]
 
 
 def dvc(*args: str, env: dict[str, str] | None = None) -> int:
@@ -35,15 +29,14 @@ def repro(*args: str, env: dict[str, str] | None = None) -> int:
     return dvc("--wait-for-lock", "repro", *args, env=env)
 
 
-def stages(params: dict[str, Any], plan: str, cell: str) -> list[str]:
+def stages(params: dict[str, Any], cell: Cell) -> list[str]:
     """A cell's stages as DVC addresses them, in their order; which is the first depends on what its method is.
 
     The last is `evaluate`, or `compare` in a plan with readings.
     """
-    method = cell.split("-")[2]
-    first = MAKERS[schema.kind(method, params["methods"][method])[0]]
-    names = [first, *STAGES[1:], *(["compare"] if params["plans"][plan].get("readings") else [])]
-    return [f"{pipeline.file(plan)}:{stage}-{plan}@{cell}" for stage in names]
+    first = MAKERS[schema.kind(cell.method, params["methods"][cell.method])[0]]
+    names = [first, *STAGES[1:], *(["compare"] if params["plans"][cell.plan].get("readings") else [])]
+    return [cell.address(stage) for stage in names]
 
 
 def run(plan: str, only: str, jobs: int) -> int:
@@ -58,10 +51,11 @@ def run(plan: str, only: str, jobs: int) -> int:
         raise ValueError(f"plan {plan!r} is not in params.yaml; there are {', '.join(plans)}")
     if not Path(pipeline.file(plan)).exists():
         raise ValueError(f"plan {plan!r} has no {pipeline.file(plan)}; `longtail plan {plan}` writes it")
-    chosen = [cell for cell in cells(plans[plan]) if fnmatch.fnmatchcase(cell, only)]
+    cells = of_plan(plan, plans[plan])
+    chosen = [cell for cell in cells if fnmatch.fnmatchcase(cell.name, only)]
     if not chosen:
-        raise ValueError(f"--only {only!r} matches none of {', '.join(cells(plans[plan]))}")
-    datasets = [f"{SHARED}:subsample@{name}" for name in sorted({cell.split("-")[0] for cell in chosen})]
+        raise ValueError(f"--only {only!r} matches none of {', '.join(cell.name for cell in cells)}")
+    datasets = [f"{SHARED}:subsample@{name}" for name in sorted({cell.dataset for cell in chosen})]
     first = [f"{SHARED}:manifests", *datasets]
     # threads of two trainings on the same cores wait for each other: each gets its own share
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
@@ -74,7 +68,7 @@ def run(plan: str, only: str, jobs: int) -> int:
             job.close()
 
 
-def run_with(jobs: list[Job], params: dict[str, Any], plan: str, chosen: list[str], first: list[str]) -> int:
+def run_with(jobs: list[Job], params: dict[str, Any], plan: str, chosen: list[Cell], first: list[str]) -> int:
     """The cells `chosen` and the report, with these jobs, after the stages `first`; the number of cells that failed."""
     # where they are there, they are left alone: another `longtail run` may be training on them, and then DVC refuses
     if not jobs[0].unchanged(first) and repro("-q", *first):
@@ -84,14 +78,14 @@ def run_with(jobs: list[Job], params: dict[str, Any], plan: str, chosen: list[st
     for job in jobs:
         free.put(job)
 
-    def run_cell(cell: str) -> bool:
+    def run_cell(cell: Cell) -> bool:
         job = free.get()
         try:
             return job.run(steps[cell])
         finally:
             free.put(job)
 
-    steps = {cell: stages(params, plan, cell) for cell in chosen}
+    steps = {cell: stages(params, cell) for cell in chosen}
     trained = [cell for cell in chosen if ":train-" in steps[cell][0]]
     failed = []
     with ThreadPoolExecutor(len(jobs)) as pool:
@@ -99,7 +93,7 @@ def run_with(jobs: list[Job], params: dict[str, Any], plan: str, chosen: list[st
             failed += [cell for cell, ok in zip(wave, list(pool.map(run_cell, wave)), strict=True) if not ok]
     for cell in failed:
         again = f"dvc repro {' '.join(steps[cell][3:])}"
-        print(f"failed: {cell} (the stage's message is above; `{again}` shows DVC's own as well)", file=sys.stderr)
+        print(f"failed: {cell.name} (the stage's message is above; `{again}` shows DVC's own as well)", file=sys.stderr)
     if len(failed) == len(chosen):
         return len(failed)
     return len(failed) + sum_up(jobs[0], plan, params["plans"][plan])
@@ -112,10 +106,10 @@ def sum_up(job: Job, plan: str, axes: dict[str, Any]) -> int:
     """
     made = {"report": f"table: results/{plan}/table.md\npage:  results/{plan}/report.html"}
     if axes.get("readings"):
-        folders = [Path("results", plan, "cells", *cell.split("-")) for cell in cells(axes)]
-        absent = sum(not (folder / "corrections.csv").is_file() for folder in folders)
+        cells = of_plan(plan, axes)
+        absent = sum(not Path(cell.results, "corrections.csv").is_file() for cell in cells)
         if absent:
-            print(f"readings: not yet, {absent} of {len(folders)} cells are still to come")
+            print(f"readings: not yet, {absent} of {len(cells)} cells are still to come")
         else:
             made = {"readings": f"readings: results/{plan}/readings.md", **made}
     failed = 0

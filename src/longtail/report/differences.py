@@ -184,8 +184,7 @@ def to_published(results: Results, row: Row) -> Difference | None:
 
 
 def _right(results: Results, row: Row) -> np.ndarray:
-    keys = [(row.dataset, row.recipe, row.method, seed) for seed in row.seeds]
-    return np.stack([results.cells[key].right[row.correction] for key in keys])
+    return np.stack([outcome.right[row.correction] for outcome in results.of(row)])
 
 
 def ranked(rows: Sequence[Row]) -> list[Row]:

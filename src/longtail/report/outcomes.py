@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from longtail.workflow import files
+from longtail.workflow.cells import Cell, of_plan
 from longtail.workflow.pipeline import CELL_FILES
 
 RATIO = "gradient_ratio_"  # and the class: columns of a history that recorded them
@@ -52,7 +53,6 @@ PUBLISHED = ("dataset", "recipe", "method", "correction", "measure", "group", "v
              "optimistic", "transductive", "same_recipe", "source", "note")  # fmt: skip
 
 Record = dict[str, Any]  # of a file, or for a picture: column -> value
-Key = tuple[str, str, str, int]  # dataset, recipe, method, seed
 
 
 class Mean(NamedTuple):
@@ -137,7 +137,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Cell:
+class Outcome:
     """The small files of one finished cell; `best` is None without a held-out set."""
 
     last: Mapping[str, Any]
@@ -160,15 +160,20 @@ class Results:
 
     plan_name: str
     plan: Mapping[str, Any]
-    cells: Mapping[Key, Cell]
-    missing: list[Key]
-    cost: Mapping[Key, Record]
+    cells: Mapping[Cell, Outcome]
+    missing: list[Cell]
+    cost: Mapping[Cell, Record]
 
-    def groups(self) -> Iterator[tuple[tuple[str, str, str], dict[int, Cell]]]:
+    def groups(self) -> Iterator[tuple[tuple[str, str, str], dict[int, Outcome]]]:
         """Each (dataset, recipe, method) of the plan with its finished cells by seed."""
         for group in product(*(self.plan[axis] for axis in ("datasets", "recipes", "methods"))):
-            keys = [(*group, seed) for seed in self.plan["seeds"]]
-            yield group, {key[3]: self.cells[key] for key in keys if key in self.cells}
+            dataset, recipe, method = group
+            same = {seed: Cell(self.plan_name, dataset, recipe, method, str(seed)) for seed in self.plan["seeds"]}
+            yield group, {seed: self.cells[cell] for seed, cell in same.items() if cell in self.cells}
+
+    def of(self, row: "Row") -> list[Outcome]:
+        """What a row is of, by its seeds."""
+        return [self.cells[Cell(self.plan_name, row.dataset, row.recipe, row.method, str(seed))] for seed in row.seeds]
 
 
 def number(value: Any, where: str, high: float = math.inf) -> float:
@@ -227,7 +232,7 @@ def read_table(path: Path, needed: Sequence[str], limits: Mapping[str, float]) -
     ]
 
 
-def read_cell(folder: Path) -> Cell | None:
+def read_cell(folder: Path) -> Outcome | None:
     """One cell's files, or None when one of them is not there; ValueError when one is wrong."""
     paths = [folder / name for name in CELL_FILES]
     if not all(path.is_file() for path in paths):
@@ -251,7 +256,7 @@ def read_cell(folder: Path) -> Cell | None:
         {"class": math.inf, "train_images": math.inf, **fractions},
     )
     limits = dict.fromkeys(HISTORY, math.inf) | {name: 1.0 for name in HISTORY if name.endswith("accuracy")}
-    return Cell(
+    return Outcome(
         last=last,
         best=None if best is None else read_measures(best, f"{paths[0]}: best_on_held_out"),
         classes=classes,
@@ -284,46 +289,40 @@ def read(plan_name: str, plan: Mapping[str, Any], cells_dir: str | Path, times: 
     Raises ValueError when no cell has run, when a file is wrong, and when two cells of a data set disagree
     on its classes (one of them is older than the data).
     """
-    cells: dict[Key, Cell] = {}
-    missing: list[Key] = []
-    first: dict[str, Key] = {}
-    axes = (plan[axis] for axis in ("datasets", "recipes", "methods", "seeds"))
-    for key in product(*axes):
-        cell = read_cell(folder(cells_dir, key))
-        if cell is None:
-            missing.append(key)
+    cells: dict[Cell, Outcome] = {}
+    missing: list[Cell] = []
+    first: dict[str, Cell] = {}
+    for cell in of_plan(plan_name, plan):
+        found = read_cell(Path(cells_dir, cell.path))
+        if found is None:
+            missing.append(cell)
             continue
-        cells[key] = cell
-        other = first.setdefault(key[0], key)
-        if class_list(cell) != class_list(cells[other]):
-            paths = [folder(cells_dir, k) / "classes.csv" for k in (key, other)]
+        cells[cell] = found
+        other = first.setdefault(cell.dataset, cell)
+        if class_list(found) != class_list(cells[other]):
+            paths = [Path(cells_dir, one.path, "classes.csv") for one in (cell, other)]
             raise ValueError(f"{paths[0]}: other classes or train_images than in {paths[1]}")
-        if len(cell.right[RAW]) != len(cells[other].right[RAW]):
-            paths = [folder(cells_dir, k) / "right.csv" for k in (key, other)]
+        if len(found.right[RAW]) != len(cells[other].right[RAW]):
+            paths = [Path(cells_dir, one.path, "right.csv") for one in (cell, other)]
             raise ValueError(f"{paths[0]}: another number of test images than in {paths[1]}")
     if not cells:
         raise ValueError(f"{cells_dir}: no cell of plan {plan_name!r} has run ({len(missing)} in the plan)")
-    cost = {key: row for key, row in ({} if times is None else read_cost(Path(times))).items() if key in cells}
-    return Results(plan_name, plan, cells, missing, cost)
+    costs = {} if times is None else read_cost(plan_name, Path(times))
+    return Results(plan_name, plan, cells, missing, {cell: row for cell, row in costs.items() if cell in cells})
 
 
-def read_cost(path: Path) -> dict[Key, Record]:
+def read_cost(plan_name: str, path: Path) -> dict[Cell, Record]:
     """{minutes, memory_mib} by cell, out of benchmarks/results/time_to_accuracy.csv; ValueError as of `read_table`."""
     limits = {"seconds": math.inf, "memory_mib": math.inf}
     return {
-        (row["dataset"], row["recipe"], row["method"], int(row["seed"])): {
+        Cell(plan_name, row["dataset"], row["recipe"], row["method"], row["seed"]): {
             "minutes": row["seconds"] / 60, "memory_mib": row["memory_mib"],
         }
         for row in read_table(path, ("dataset", "recipe", "method", "seed", *limits), limits)
     }  # fmt: skip
 
 
-def folder(cells_dir: str | Path, key: Key) -> Path:
-    """Where the small files of a cell lie."""
-    return Path(cells_dir, *map(str, key))
-
-
-def class_list(cell: Cell) -> list[tuple[Any, ...]]:
+def class_list(cell: Outcome) -> list[tuple[Any, ...]]:
     """(class, name, train_images) of every class."""
     return [(row["class"], row["name"], row["train_images"]) for row in cell.classes]
 
@@ -388,7 +387,7 @@ def rows(results: Results, published: Sequence[Published]) -> list[Row]:
     return table
 
 
-def best_on_test(cell: Cell) -> float | None:
+def best_on_test(cell: Outcome) -> float | None:
     """The highest of the test accuracies that the history saw and the result itself; None when it never looked.
 
     The history's looks have the precision of training, the result that of `predict`: they can differ by some images.
@@ -416,11 +415,10 @@ def summary(table: Sequence[Row]) -> dict[str, Any]:
 
 def curves(results: Results) -> list[Record]:
     """One row for each cell and epoch, with the columns CURVES."""
-    names = ("dataset", "recipe", "method", "seed")
     return [
-        dict(zip(names, key, strict=True)) | {c: row[c] for c in CURVES[4:]} | {"epoch": int(row["epoch"])}
-        for key, cell in results.cells.items()
-        for row in cell.history
+        {c: cell.names()[c] for c in CURVES[:4]} | {c: row[c] for c in CURVES[4:]} | {"epoch": int(row["epoch"])}
+        for cell, outcome in results.cells.items()
+        for row in outcome.history
     ]
 
 

@@ -24,7 +24,7 @@ from longtail.report.outcomes import (
     ON_TRAIN,
     RAW,
     REBALANCED,
-    Key,
+    Outcome,
     Published,
     Record,
     Results,
@@ -39,6 +39,7 @@ from longtail.report.outcomes import (
     summary,
 )
 from longtail.workflow import files
+from longtail.workflow.cells import Cell
 
 HEADER = ("Recipe", "Method", "Correction", "Seeds", "All", "Many", "Medium", "Few", "NLL", "ECE",
           "Best on held-out", "Best on test", "Published", "Difference", "Verdict")  # fmt: skip
@@ -227,7 +228,7 @@ def section(
         },
         also=also_published(results.plan, [one for one in published if one not in shift.quoted], shown),
         missing=missing(results, dataset),
-        cells=[made(results, key) for key in results.cells if key[0] == dataset],
+        cells=[made(cell, outcome) for cell, outcome in results.cells.items() if cell.dataset == dataset],
     )
 
 
@@ -258,17 +259,15 @@ def main_table(results: Results, mine: Sequence[Row]) -> tuple[list[Line], list[
             "-" if apart is None else apart.said("higher", "agrees", "lower"),
         ]
         bold = row.n > 0 and row.correction != REBALANCED and row.accuracy == best
-        anchor = cell_name((row.dataset, row.recipe, row.method, row.seeds[0])) if row.n else None
+        anchor = f"{row.dataset}-{row.recipe}-{row.method}-{row.seeds[0]}" if row.n else None
         lines.append(Line(cells, bold, row.correction == RAW, anchor))
     return lines, notes
 
 
-def made(results: Results, key: Key) -> Made:
+def made(cell: Cell, outcome: Outcome) -> Made:
     """What the report says of a finished cell."""
-    last = results.cells[key].last
-    again = f"dvc repro stages/{results.plan_name}/dvc.yaml:evaluate-{results.plan_name}@{cell_name(key)}"
-    accuracy = f"{100 * last[RAW]['accuracy']:.2f}"
-    return Made(cell_name(key), f"cells/{'/'.join(map(str, key))}", again, accuracy, int(last["epoch"]))
+    accuracy, epoch = f"{100 * outcome.last[RAW]['accuracy']:.2f}", int(outcome.last["epoch"])
+    return Made(cell.name, f"cells/{cell.path}", f"dvc repro {cell.address('evaluate')}", accuracy, epoch)
 
 
 def sure(results: Results, mine: Sequence[Row], names: Mapping[str, str]) -> Table:
@@ -316,9 +315,10 @@ def more(mine: Sequence[Row]) -> Table:
 def computed(results: Results, dataset: str) -> Table:
     """What computed the cells, as far as they say: one line for all that were computed alike."""
     alike: dict[tuple[str, ...], int] = {}
-    for (of, recipe, _, _), cell in results.cells.items():
-        if of == dataset:
-            cells = [recipe, *(by(cell.provenance) if cell.provenance else ["not recorded"] + 4 * ["-"])]
+    for cell, outcome in results.cells.items():
+        if cell.dataset == dataset:
+            known = by(outcome.provenance) if outcome.provenance else ["not recorded"] + 4 * ["-"]
+            cells = [cell.recipe, *known]
             alike[tuple(cells)] = alike.get(tuple(cells), 0) + 1
     lines = [[*cells, str(count)] for cells, count in alike.items()]
     header = ["Recipe", "Precision", "Device", "Kernels", "Threads", "Versions", "Cells"]
@@ -364,19 +364,14 @@ def also_published(
 def missing(results: Results, dataset: str) -> list[str]:
     """One line for each recipe with cells that have not run."""
     lines: dict[str, dict[str, list[str]]] = {}
-    for _, recipe, method, seed in (key for key in results.missing if key[0] == dataset):
-        lines.setdefault(recipe, {}).setdefault(method_name(method), []).append(str(seed))
+    for cell in (cell for cell in results.missing if cell.dataset == dataset):
+        lines.setdefault(cell.recipe, {}).setdefault(method_name(cell.method), []).append(cell.seed)
     return [
         f"Not run yet, recipe {recipe}: "
         + "; ".join(f"{name} seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}" for name, seeds in methods.items())
         + "."
         for recipe, methods in lines.items()
     ]
-
-
-def cell_name(key: Key) -> str:
-    """What DVC calls it, after the @."""
-    return "-".join(map(str, key))
 
 
 def markdown(found: Report) -> str:
@@ -464,8 +459,8 @@ def figures(results: Results, table: Sequence[Row], dataset: str) -> dict[str, l
     first = [row for row in by_class if all(row[k] == by_class[0][k] for k in ("recipe", "method"))]
     drawn[""].append(plots.class_profile(first, dataset=dataset))
     timed = [
-        {"recipe": key[1], "method": key[2], "accuracy": results.cells[key].last[RAW]["accuracy"], **cost}
-        for key, cost in results.cost.items() if key[0] == dataset
+        {"recipe": cell.recipe, "method": cell.method, "accuracy": results.cells[cell].last[RAW]["accuracy"], **cost}
+        for cell, cost in results.cost.items() if cell.dataset == dataset
     ]  # fmt: skip
     for what in plots.COSTS:
         if known := [row for row in timed if row[what] is not None]:
