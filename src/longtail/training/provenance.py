@@ -37,10 +37,11 @@ def record(step: str, device: torch.device, **facts: Any) -> dict[str, Any]:
 
 
 def instructions() -> str:
-    """The widest instructions that PyTorch and oneDNN use on this processor: `AVX512 bf16`, `AVX2`, ..."""
+    """The widest instructions that PyTorch and oneDNN use on this processor: `AVX512 bf16 AMX`, `AVX2`, ..."""
     here = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     bf16 = here and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.backends.cpu.get_cpu_capability() + (" bf16" if bf16 else "")
+    amx = bf16 and torch.cpu._is_amx_tile_supported()
+    return " ".join([torch.backends.cpu.get_cpu_capability(), *["bf16"] * bf16, *["AMX"] * amx])
 
 
 def compiler() -> str | None:
