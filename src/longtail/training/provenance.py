@@ -2,7 +2,7 @@
 
 `model/provenance.json` goes with the weights through predictions to `metrics.json`, key `provenance`. It says what the
 recipe does not: the precision that the device really did, whose kernels, how many threads, which versions. A re-run
-on a machine with the same record is byte for byte the same.
+on the same machine with the same record is byte for byte the same.
 """
 
 import hashlib
