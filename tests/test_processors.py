@@ -1,4 +1,4 @@
-"""Tests that rest on how a processor computes, as on the other kinds: without AVX-512, without our kernels.
+"""Tests that rest on how a processor computes, as on the other kinds: without AVX-512, AMX or our kernels.
 
 By hand, for the whole suite as on a processor with AVX2 alone:
 
@@ -15,21 +15,31 @@ import pytest
 from conftest import ROOT
 from test_kernels import needs_compiler
 
+from longtail.networks import kernels
+
 KINDS = {
     "AVX2": {
         "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "CXX": str(ROOT / "tests/avx2-c++"),
         "LONGTAIL_KERNELS": "on",
     },
+    "no AMX": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", "LONGTAIL_KERNELS": "on"},
     "kernels off": {"LONGTAIL_KERNELS": "off"},
     "no compiler": {"CXX": "/nowhere/c++", "LONGTAIL_KERNELS": "on"},
 }  # fmt: skip
-kinds = pytest.mark.parametrize("kind", [pytest.param("AVX2", marks=needs_compiler), "kernels off", "no compiler"])
+needs_amx = pytest.mark.skipif(not kernels.amx(), reason="oneDNN has no AMX here, so `no AMX` is this machine itself")
+kinds = pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("AVX2", marks=needs_compiler), pytest.param("no AMX", marks=[needs_amx, needs_compiler]),
+        "kernels off", "no compiler",
+    ],
+)  # fmt: skip
 LOOK = """
 import json, torch
 from longtail.networks import kernels
 from longtail.training import inference
 library = kernels.library()
-print(json.dumps([library is not None, hasattr(library, "weight_gradient_bfloat16"), inference.cpu_has_bf16(),
+print(json.dumps([library is not None, kernels.has_weight_gradients(), inference.cpu_has_bf16(),
                   torch.backends.cpu.get_cpu_capability()]))
 """
 
@@ -46,8 +56,8 @@ def run(kind: str, *command: str) -> str:
 def test_a_kind_is_what_it_says(kind):
     """The tests below would prove nothing if a switch did not reach oneDNN, PyTorch or our kernels."""
     have_kernels, weight_gradients, bf16, pytorch = json.loads(run(kind, "-c", LOOK))
-    assert have_kernels == (kind == "AVX2")
-    assert not weight_gradients
+    assert have_kernels == (kind in ("AVX2", "no AMX"))
+    assert weight_gradients == (kind == "no AMX")
     if kind == "AVX2":
         assert not bf16 and pytorch == "AVX2"
 
@@ -63,4 +73,4 @@ def test_what_rests_on_the_processor_passes(kind):
         *(f"tests/{file}.py" for file in files),
     )  # fmt: skip
     passed = re.search(r"(\d+) passed", said)
-    assert passed and int(passed[1]) >= {"AVX2": 100, "kernels off": 70, "no compiler": 7}[kind], said
+    assert passed and int(passed[1]) >= {"AVX2": 100, "no AMX": 100, "kernels off": 70, "no compiler": 7}[kind], said

@@ -40,8 +40,7 @@ def instructions() -> str:
     """The widest instructions that PyTorch and oneDNN use on this processor: `AVX512 bf16 AMX`, `AVX2`, ..."""
     here = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     bf16 = here and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    amx = bf16 and torch.cpu._is_amx_tile_supported()
-    return " ".join([torch.backends.cpu.get_cpu_capability(), *["bf16"] * bf16, *["AMX"] * amx])
+    return " ".join([torch.backends.cpu.get_cpu_capability(), *["bf16"] * bf16, *["AMX"] * (bf16 and kernels.amx())])
 
 
 def compiler() -> str | None:
