@@ -149,6 +149,79 @@ def test_another_class_does_not_change_a_draw() -> None:
     assert few[(few >= 60) & (few < 300)].tolist() == many[(many >= 60) & (many < 300)].tolist()
 
 
+def slow_ldam(labels: np.ndarray, places: np.ndarray, counts: list[int]) -> list[int]:
+    """The rule of Cao et al.'s code in words: numpy's global generator, in-place shuffles, places of the archive."""
+    np.random.seed(0)
+    chosen: list[int] = []
+    for label, count in enumerate(counts):
+        of_class = np.array(sorted(int(place) for place, other in zip(places, labels, strict=True) if other == label))
+        np.random.shuffle(of_class)
+        chosen += of_class[:count].tolist()
+    return chosen
+
+
+@pytest.mark.parametrize("profile", ["exponential", "step"])
+def test_the_field_s_draw_is_that_of_its_code(profile: str) -> None:
+    labels, places = np.random.default_rng(0).permutation(BALANCED), np.random.default_rng(1).permutation(300)
+    rows = long_tail.drawn(labels, profile=profile, imbalance_factor=7, seed=0, draw="ldam", places=places)
+    assert [labels[of_class].tolist() for of_class in rows] == [[label] * len(rows[label]) for label in range(5)]
+    assert places[np.concatenate(rows)].tolist() == slow_ldam(labels, places, slow_counts(profile, 60, 5, 7))
+
+
+def test_the_first_of_the_archive_are_the_lowest_places() -> None:
+    labels, places = np.random.default_rng(0).permutation(BALANCED), np.random.default_rng(1).permutation(300)
+    for seed in (0, 5):  # of no effect
+        rows = long_tail.drawn(labels, profile="step", imbalance_factor=6, seed=seed, draw="first", places=places)
+        for label, of_class in enumerate(rows):
+            assert places[of_class].tolist() == sorted(places[labels == label])[: len(of_class)]
+
+
+@pytest.mark.parametrize("draw", ["own", "ldam", "first"])
+def test_every_draw_takes_the_counts_and_nests(draw: str) -> None:
+    settings: dict[str, Any] = {"draw": draw, "places": np.random.default_rng(1).permutation(300), "seed": 2}
+    small, large = (
+        long_tail.subsample(BALANCED, profile="exponential", imbalance_factor=factor, **settings) for factor in (10, 3)
+    )
+    assert np.bincount(BALANCED[small]).tolist() == slow_counts("exponential", 60, 5, 10)
+    assert set(small) < set(large) and (np.diff(small) > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"draw": "random"}, "draw: 'random' is unknown; allowed are own, ldam, first"),
+        (
+            {"draw": "ldam"},
+            "draw: 'ldam' needs train_places, .* none: .*places.parquet; without them, allowed is own",
+        ),
+        ({"draw": "first"}, "draw: 'first' needs train_places"),
+        (
+            {"draw": "ldam", "places": np.arange(299)},
+            r"train_places: int64 of shape \(299,\); allowed is .*300",
+        ),
+        ({"draw": "ldam", "places": np.arange(300.0)}, "train_places: float64"),
+        ({"draw": "ldam", "places": np.arange(300) // 2}, "train_places: allowed are numbers of rows, .* each once"),
+        ({"draw": "first", "places": np.arange(300) - 1}, "train_places: allowed are numbers of rows, 0 or more"),
+    ],
+)
+def test_bad_draws_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        long_tail.subsample(BALANCED, profile="step", imbalance_factor=2, seed=0, **settings)
+
+
+def test_cut_hands_the_places_to_the_draw_and_checks_them() -> None:
+    places = np.random.default_rng(1).permutation(300)
+    settings: dict[str, Any] = {"profile": "step", "imbalance_factor": 6, "seed": 0, "held_out": 0, "draw": "ldam"}
+    found = long_tail.cut(make_raw(train_places=places), **settings)
+    assert found["train_rows"].tolist() == long_tail.subsample(
+        BALANCED, profile="step", imbalance_factor=6, seed=0, draw="ldam", places=places
+    ).tolist()  # fmt: skip
+    with pytest.raises(ValueError, match="needs train_places"):
+        long_tail.cut(make_raw(), **settings)
+    with pytest.raises(ValueError, match="train_places: int64 of shape"):
+        long_tail.cut(make_raw(train_places=places[1:]), **settings | {"draw": "own"})
+
+
 # Holding out
 
 

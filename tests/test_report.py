@@ -261,6 +261,18 @@ def test_published_value_stands_beside_raw_rows_only(cells, published):
         assert other.published is None and other.difference is None
 
 
+def test_published_values_of_another_cut_stand_beside_a_plan_that_asks_for_them_and_say_so(cells, tmp_path):
+    known = outcomes.read_published(
+        write_published(tmp_path, quoted(dataset="toy_field_if10", value=0.6), quoted(dataset="elsewhere", value=0.9))
+    )
+    results = outcomes.read("toy", PLAN, cells)
+    assert outcomes.beside(PLAN, known) == [] and "60.0 (a)" not in markdown_of(results, known)
+    asks = PLAN | {"published": {"toy_if10": "toy_field_if10"}}
+    text = markdown_of(outcomes.read("toy", asks, cells), known)
+    assert "60.0 (a)" in text and "recipe plain: of another cut of these images; a note; source" in text
+    assert "90.0" not in text
+
+
 def test_curves_and_classes_are_tidy(cells):
     results = outcomes.read("toy", PLAN, cells)
     lines = outcomes.curves(results)
@@ -612,9 +624,9 @@ def test_a_number_published_twice_is_refused(tmp_path):
 
 def test_our_published_rows_are_readable_and_flagged():
     known = {row.key: row for row in outcomes.read_published(ROOT / "data/published.csv")}
-    gala = known["cifar100_if100", "gala", "gala", "none", "accuracy", "all"]
+    gala = known["cifar100_ldam_if100", "gala", "gala", "none", "accuracy", "all"]
     assert gala.value == 0.521 and gala.optimistic and gala.same_recipe
-    balpoe = known["cifar100_if100", "balpoe", "balpoe", "none", "accuracy", "all"]
+    balpoe = known["cifar100_ldam_if100", "balpoe", "balpoe", "none", "accuracy", "all"]
     assert (balpoe.value, balpoe.sd, balpoe.optimistic) == (0.52, 0.005, False)
     assert all(row.source for row in known.values())
     assert all(row.note for row in known.values() if not row.same_recipe)

@@ -20,20 +20,40 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
+from conftest import ROOT
 from PIL import Image
 from sklearn.datasets import load_digits
 from test_fetch import serve
 
-from longtail.data import sources
+from longtail.data import long_tail, sources
 from longtail.data.long_tail import check_source
+from longtail.data.sources.cifar import order
 
 read_cifar, read_digits = sources.load("cifar"), sources.load("digits")
 
 MIRROR = Path(__file__).parents[2] / "shared" / "data"
 MIRROR_SHA256 = {  # of its README
-    "train": "2aa2e92a742ec0fbd361b0b1386394899dfac5a05c448330d3371fd9b63b3e87",
-    "test": "2716d826d85ee9ca7f948fb4dc3b3d7515225d1a436d1c4b7e6975855da3d9ee",
+    "cifar100": {
+        "train": "2aa2e92a742ec0fbd361b0b1386394899dfac5a05c448330d3371fd9b63b3e87",
+        "test": "2716d826d85ee9ca7f948fb4dc3b3d7515225d1a436d1c4b7e6975855da3d9ee",
+    },
+    "cifar10": {
+        "train": "61bea91e73ac2b02dfb856e685981dce64abe13d4e780aa98a1ac1e7c056d03b",
+        "test": "52a9dc125982c0440d5eed87474b2f521e96c45a98df08e4329aa42c692b9d9d",
+    },
 }
+LDAM = {  # of its README: SHA-256 of all chosen places, in drawn order, as little-endian int64; and the first of them
+    ("cifar100", 10): "b4fbf1bf0a7f33381467493f50b953ce21b03a2b6d45b0d5e8da5d95d9ffd736",
+    ("cifar100", 50): "561fa940cc7d3551d441643e310c7e439bf84f86b7863a3f7364963522d2984a",
+    ("cifar100", 100): "e0d58a4d2700c46062da852554e5d185bbee74d3c612b052ea2a839bdadf939e",
+    ("cifar100", 200): "2f00ccd33da379d5e64ce9442512a16e9e1eb3f1bb3a90316aac08c69a441157",
+    ("cifar10", 10): "a17d69f192b1cf6df09676b6c424e2ad5e7d7863ccc4b9ba70ef128885973218",
+    ("cifar10", 50): "d7edcfaf02772bee1e2310a33be8b6c46232f043641158348b9de3ec731e26ac",
+    ("cifar10", 100): "4bf45bff8878d2786e47dccd702f96ff33b2b11d8c7da3b5015f10937290f866",
+    ("cifar10", 200): "a88004a1d13610934f4f0b642dab5e5df26f0d0ef20408bd092f25ab81103334",
+}
+FIRST = {"cifar100": [9470, 27272, 30172, 43691, 45171], "cifar10": [4030, 38518, 48266, 45556, 6312]}
 FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 COLUMNS = {"cifar10": "label", "cifar100": "fine_label"}
 Arrays = dict[str, np.ndarray]
@@ -314,13 +334,144 @@ def test_archive_and_mirror_give_the_same_bytes(
     from_archive = read_archive(tmp_path, name, archive, sha256=sha256)
     monkeypatch.setenv("LONGTAIL_MIRROR", str(tmp_path / "mirror"))
     from_mirror = read_cifar(tmp_path, name=name, sha256=sha256, **NO_ARCHIVE)
-    assert same(from_archive, from_mirror)
+    without_places = {key: array for key, array in from_archive.items() if key != "train_places"}
+    assert same(without_places, from_mirror)
+    write_places(tmp_path / "mirror" / name, from_archive["train_places"])
+    assert same(from_archive, read_cifar(tmp_path, name=name, sha256=sha256, **NO_ARCHIVE))
     check_source(from_archive)
     assert from_archive["class_names"].tolist() == class_names(num_classes)
     for split in ("train", "test"):
         images, labels = expected(rows[split])
         assert (from_archive[f"{split}_images"] == images).all()
         assert (from_archive[f"{split}_labels"] == labels).all()
+
+
+def places_in_order(rows: Sequence[Row]) -> list[int]:
+    """Of images without two of one name and class."""
+    return sorted(range(len(rows)), key=lambda place: (rows[place].label, rows[place].file_name))
+
+
+def in_batches(rows: Sequence[Row]) -> list[Row]:
+    """The train rows as `make_members` spreads them over the batches of cifar10."""
+    return [row for number in range(5) for row in rows[number::5]]
+
+
+@pytest.mark.parametrize(("name", "num_classes"), [("cifar10", 10), ("cifar100", 100)])
+def test_places_count_through_the_training_files_of_the_archive(tmp_path: Path, name: str, num_classes: int) -> None:
+    rows = make_rows(num_classes, {"train": 4, "test": 1})
+    names = class_names(num_classes)
+    arrays = read_archive(tmp_path, name, make_archive(make_members(name, rows, names)))
+    lie = in_batches(rows["train"]) if name == "cifar10" else rows["train"]
+    assert arrays["train_places"].dtype == np.int64
+    assert arrays["train_places"].tolist() == places_in_order(lie)
+    for row, place in enumerate(arrays["train_places"]):
+        assert (arrays["train_images"][row] == lie[place].pixels).all()
+
+
+def write_places(folder: Path, places: np.ndarray) -> Path:
+    """A places.parquet for a mirror of `make_mirror`, whose train rows lie as ROWS do, from places in our order."""
+    tables = [pq.read_table(path) for path in sorted(folder.glob("train-*"))]
+    keys = [
+        (label, cell["path"])
+        for table in tables
+        for label, cell in zip(table.column(1).to_pylist(), table["img"].to_pylist(), strict=True)
+    ]
+    column = np.empty(len(keys), np.int32)
+    column[sorted(range(len(keys)), key=lambda row: keys[row])] = places
+    pq.write_table(pa.table({"path": [key[1] for key in keys], "place": column}), folder / "places.parquet")
+    return folder / "places.parquet"
+
+
+def test_bad_places_are_named(mirror: Path) -> None:
+    path = write_places(mirror, np.arange(50))
+    table = pq.read_table(path)
+    read_cifar("unused", name="cifar10", **NO_ARCHIVE)
+    for wrong, message in (
+        (table.drop_columns("place"), "no column 'place' of integers; it has path"),
+        (table.set_column(1, "place", table["path"]), "no column 'place' of integers"),
+        (table.slice(1), "49 places for 50 training images"),
+        (table.set_column(1, "place", pa.array([None, *range(49)])), "49 places for 50"),
+    ):
+        pq.write_table(wrong, path)
+        assert_refused(f"places.parquet: {message}")
+    path.write_bytes(b"PAR1")
+    assert_refused("places.parquet: not a readable parquet file")
+
+
+def test_the_hash_of_the_places_is_checked(mirror: Path) -> None:
+    places = np.random.default_rng(0).permutation(50)
+    write_places(mirror, places)
+    hashes = pixel_hashes(ROWS) | {"places": hashlib.sha256(places.astype("<i8").tobytes()).hexdigest()}
+    arrays = read_cifar("unused", name="cifar10", sha256=hashes, **NO_ARCHIVE)
+    assert arrays["train_places"].tolist() == places.tolist()
+    write_places(mirror, places[::-1])
+    assert_refused(r"train-00001-of-00002.parquet: the places .* SHA-256 .* expected", sha256=hashes)
+
+
+def test_a_copy_without_names_that_is_not_all_of_cifar_is_refused(mirror: Path) -> None:
+    def lose_names(rows: list[Row]) -> None:
+        rows[:] = [row._replace(file_name=None) for row in rows]  # type: ignore[arg-type]
+
+    rewrite(mirror / "train-00000-of-00002.parquet", lose_names)
+    assert_refused("00001-of-00002.parquet: some of these files have file names and some have none")
+    rewrite(mirror / "train-00001-of-00002.parquet", lose_names)
+    assert_refused("50 images without file names; without names, allowed are the 50000 of cifar10_train")
+
+
+def as_on_the_hub(name: str, arrays: Arrays, folder: Path) -> Path:
+    """A mirror of real images in the hub's layout: the archive's order, names lost; the test split in any order."""
+    rows = {"train": np.argsort(arrays["train_places"]), "test": np.random.default_rng(0).permutation(10_000)}
+    (folder / name).mkdir(parents=True)
+    kinds = {"img": pa.struct({"bytes": pa.binary(), "path": pa.string()}), COLUMNS[name]: pa.int64()}
+    names = ",".join(arrays["class_names"])
+    for split, lie in rows.items():
+        images, labels = arrays[f"{split}_images"][lie], arrays[f"{split}_labels"][lie]
+        cells = [{"bytes": encode(image), "path": None} for image in images]
+        table = pa.table({"img": cells, COLUMNS[name]: labels}, schema=pa.schema(kinds, metadata={"classes": names}))
+        pq.write_table(table, folder / name / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_the_cut_of_the_field_to_the_image_and_a_copy_without_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The published hashes, order.npz made again, and the hub's own layout with the same bytes as a named mirror."""
+    if not MIRROR.is_dir():
+        pytest.skip(f"no mirror at {MIRROR}")
+    monkeypatch.setenv("LONGTAIL_MIRROR", str(MIRROR))
+    source = yaml.safe_load((ROOT / "params.yaml").read_text())["sources"][name]
+    settings = {"name": name, "sha256": source["sha256"], **NO_ARCHIVE}
+    assert source["sha256"].items() >= MIRROR_SHA256[name].items()
+    arrays = read_cifar(tmp_path, **settings)
+    labels, places = arrays["train_labels"], arrays["train_places"]
+    for factor in (10, 50, 100, 200):
+        rows = long_tail.drawn(
+            labels, profile="exponential", imbalance_factor=factor, seed=0, draw="ldam", places=places
+        )
+        chosen = places[np.concatenate(rows)]
+        assert hashlib.sha256(chosen.astype("<i8").tobytes()).hexdigest() == LDAM[name, factor]
+        if factor == 100:
+            assert chosen[:5].tolist() == FIRST[name]
+
+    archives = np.argsort(places)
+    with np.load(order.FILE) as file:
+        train = order.ranks(arrays["train_images"][archives], labels[archives], places)
+        test = order.ranks(arrays["test_images"], arrays["test_labels"], np.arange(10_000))
+        assert np.array_equal(file[f"{name}_train"], train) and np.array_equal(file[f"{name}_test"], test)
+
+    nameless = as_on_the_hub(name, arrays, tmp_path / "hub")
+    monkeypatch.setenv("LONGTAIL_MIRROR", str(nameless))
+    assert same(read_cifar(tmp_path, **settings), arrays)
+    path = nameless / name / "train-00000-of-00001.parquet"
+    table = pq.read_table(path)
+    swapped = np.arange(50_000)
+    one, other = np.flatnonzero(np.asarray(table[COLUMNS[name]]) == 3)[:2]
+    swapped[[one, other]] = other, one
+    pq.write_table(table.take(swapped), path)
+    with pytest.raises(ValueError, match="the rows are not in the archive's order"):
+        read_cifar(tmp_path, **settings)
 
 
 @pytest.mark.slow
@@ -331,17 +482,18 @@ def test_real_archive_over_a_broken_line_and_real_mirror_give_the_same_bytes(
     if not MIRROR.is_dir():
         pytest.skip(f"no mirror at {MIRROR}")
     monkeypatch.setenv("LONGTAIL_MIRROR", str(MIRROR))
-    from_mirror = read_cifar(tmp_path, name="cifar100", sha256=MIRROR_SHA256, **NO_ARCHIVE)
+    from_mirror = read_cifar(tmp_path, name="cifar100", sha256=MIRROR_SHA256["cifar100"], **NO_ARCHIVE)
     monkeypatch.delenv("LONGTAIL_MIRROR")
 
     assert np.bincount(from_mirror["train_labels"]).tolist() == [500] * 100
     means = from_mirror["train_images"].mean((0, 1, 2)) / 255
     assert means.round(4).tolist() == [0.5071, 0.4865, 0.4409]  # CIFAR-100's own
     rows: Rows = {}
+    paths_of = {}
     for split in ("train", "test"):
         file = next((MIRROR / "cifar100").glob(f"{split}-*"))
         table = pq.read_table(file, columns=["img.path"])
-        paths = table.flatten().column(0).to_pylist()
+        paths = paths_of[split] = table.flatten().column(0).to_pylist()
         columns = from_mirror[f"{split}_labels"].tolist(), paths, from_mirror[f"{split}_images"]
         rows[split] = [Row(*row) for row in zip(*columns, strict=True)]
         random.Random(0).shuffle(rows[split])
@@ -354,9 +506,13 @@ def test_real_archive_over_a_broken_line_and_real_mirror_give_the_same_bytes(
             name="cifar100",
             url=server.url,
             md5=hashlib.md5(archive).hexdigest(),
-            sha256=MIRROR_SHA256,
+            sha256=MIRROR_SHA256["cifar100"],
         )
         assert server.seen == [None, f"bytes={len(archive) // 3}-"]
+    lie = {(row.label, row.file_name): place for place, row in enumerate(rows["train"])}
+    keys = zip(from_mirror["train_labels"].tolist(), paths_of["train"], strict=True)
+    assert from_archive.pop("train_places").tolist() == [lie[key] for key in keys]
+    assert np.array_equal(np.sort(from_mirror.pop("train_places")), np.arange(50_000))
     assert same(from_archive, from_mirror)
 
 
@@ -392,14 +548,15 @@ def test_one_name_and_class_for_two_images_leaves_one_order(tmp_path: Path) -> N
         read_archive(tmp_path, "cifar10", make_archive(make_members("cifar10", some, "abcdefghij")))
         for some in (rows, turned)
     )
-    assert same(one, other)
+    places = one.pop("train_places"), other.pop("train_places")  # these are where each lay
+    assert same(one, other) and not np.array_equal(*places)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"name": "cifar20"}, "name: 'cifar20' is unknown; allowed are cifar10, cifar100"),
-        ({"name": "cifar10", "sha256": {"val": ""}}, "sha256: 'val' is unknown; allowed are train"),
+        ({"name": "cifar10", "sha256": {"val": ""}}, "sha256: 'val' is unknown; allowed are train, test, places"),
     ],
 )
 def test_bad_settings_of_cifar_are_refused(settings: dict[str, Any], message: str) -> None:

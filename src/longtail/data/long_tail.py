@@ -7,6 +7,9 @@ step profile is that of Buda et al., 'A Systematic Study of the Class Imbalance 
 Convolutional Neural Networks' (Neural Networks 2018), again with Cao et al.'s counts. Classes are
 ordered by label: class 0 is the largest.
 
+Which images of a class are taken is a `draw`. The field's is that of Cao et al.'s released code, which RIDE, SADE and
+BalPoE took over with the images it gives: `ldam`, made to the image from the rows' places in the official archive.
+
 N examples, C classes; `imbalance_factor` = largest class / smallest class, 1 or more.
 """
 
@@ -16,6 +19,7 @@ from typing import Any
 import numpy as np
 
 Arrays = dict[str, np.ndarray]
+PLACES = "train_places"  # the array of a source that says where each row lies in the original release
 
 # A stream of its own for the held-out draw. Not 0: SeedSequence pads with zeros, so that
 # [seed, class, 0] would be the [seed, class] of subsample.
@@ -63,22 +67,68 @@ def class_counts(profile: str, n_max: int, num_classes: int, imbalance_factor: f
     return counts
 
 
-def subsample(labels: np.ndarray, *, profile: str, imbalance_factor: float, seed: int) -> np.ndarray:
-    """Rows of a long-tailed subset of `labels` (N,), int64, ascending.
+def _own(rows: list[np.ndarray], seed: int) -> list[np.ndarray]:
+    """Every class with a generator of its own, so that another class changes no draw."""
+    return [_generator(seed, label).permutation(of_class) for label, of_class in enumerate(rows)]
 
-    n_max is the size of the smallest class. Every class has a generator of its own, of which a
-    count takes the first so many rows: a larger imbalance_factor gives a subset of what a smaller
-    one gives with the same seed and profile.
 
-    Raises ValueError as `class_counts` does, and for labels that miss a class or a negative seed.
+def _ldam(rows: list[np.ndarray], seed: int) -> list[np.ndarray]:
+    """Class after class shuffled by numpy's old global generator, seeded once (Cao et al.'s released code: seed 0)."""
+    generator = np.random.RandomState(seed)
+    return [generator.permutation(of_class) for of_class in rows]  # a copy, shuffled
+
+
+def _first(rows: list[np.ndarray], seed: int) -> list[np.ndarray]:
+    """As they come in the archive: no draw at all, and no use for a seed."""
+    return rows
+
+
+DRAWS: dict[str, Callable[[list[np.ndarray], int], list[np.ndarray]]] = {"own": _own, "ldam": _ldam, "first": _first}
+OF_THE_ARCHIVE = ("ldam", "first")  # draws that go by the rows' places there
+
+
+def drawn(
+    labels: np.ndarray,
+    *,
+    profile: str,
+    imbalance_factor: float,
+    seed: int,
+    draw: str = "own",
+    places: np.ndarray | None = None,
+) -> list[np.ndarray]:
+    """Rows of a long-tailed subset of `labels` (N,), int64, an array a class, in the order in which they are drawn.
+
+    n_max is the size of the smallest class. A count takes the first so many rows of a class's whole order, which no
+    count changes: a larger imbalance_factor gives a subset of what a smaller one gives with the same draw and seed.
+
+    Args:
+        draw: `own`: a permutation a class. `ldam`: that of Cao et al. (NeurIPS 2019); with seed 0 the subset that the
+            papers on CIFAR-LT share. `first`: the first of the archive's order, as others have it; without a seed.
+        places: (N,) int64, each row's number in the official archive; `ldam` and `first` need it.
+
+    Raises ValueError as `class_counts` does, for labels that miss a class, a negative seed, an unknown draw, and places
+    that are missing or no numbering.
     """
     sizes = _class_sizes(labels, "labels")
     counts = class_counts(profile, int(sizes.min()), len(sizes), imbalance_factor)
-    drawn = [
-        _generator(seed, label).permutation(np.flatnonzero(labels == label))[:count]
-        for label, count in enumerate(counts)
-    ]
-    return np.sort(np.concatenate(drawn)).astype(np.int64)
+    if draw not in DRAWS:
+        raise ValueError(f"draw: {draw!r} is unknown; allowed are {', '.join(DRAWS)}")
+    _check_seed(seed)
+    rows = [np.flatnonzero(labels == label) for label in range(len(sizes))]
+    if draw in OF_THE_ARCHIVE:
+        if places is None:
+            raise ValueError(
+                f"draw: {draw!r} needs {PLACES}, the rows' places in the official archive, and the source has none: "
+                "read it from its own site, or from a mirror that has places.parquet; without them, allowed is own"
+            )
+        _check_places(places, len(labels))
+        rows = [of_class[np.argsort(places[of_class])] for of_class in rows]
+    return [order[:count].astype(np.int64) for order, count in zip(DRAWS[draw](rows, seed), counts, strict=True)]
+
+
+def subsample(labels: np.ndarray, **settings: Any) -> np.ndarray:
+    """Rows of a long-tailed subset of `labels` (N,), int64, ascending: `drawn`, with its settings and errors."""
+    return np.sort(np.concatenate(drawn(labels, **settings)))
 
 
 def hold_out(labels: np.ndarray, *, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -106,6 +156,7 @@ def cut(
     imbalance_factor: float,
     seed: int,
     held_out: float,
+    draw: str = "own",
 ) -> Arrays:
     """The arrays of data/long_tail/<dataset>.npz from those of data/raw/<source>.npz.
 
@@ -116,7 +167,14 @@ def cut(
     promises, its test split is not balanced, or a setting is not allowed.
     """
     check_source(raw)
-    rows = subsample(raw["train_labels"], profile=profile, imbalance_factor=imbalance_factor, seed=seed)
+    rows = subsample(
+        raw["train_labels"],
+        profile=profile,
+        imbalance_factor=imbalance_factor,
+        seed=seed,
+        draw=draw,
+        places=raw.get(PLACES),
+    )
     train, held = hold_out(raw["train_labels"][rows], fraction=held_out, seed=seed)
     arrays: Arrays = {}
     for split, split_rows in (("train", rows[train]), ("held_out", rows[held])):
@@ -141,6 +199,8 @@ def check_source(raw: Mapping[str, np.ndarray]) -> None:
         if labels.shape != images.shape[:1]:
             raise ValueError(f"{split}_labels: {_kind(labels)}; there are {len(images)} {split}_images")
         _class_sizes(labels, f"{split}_labels", class_names)
+    if PLACES in raw:
+        _check_places(raw[PLACES], len(raw["train_labels"]))
     if raw["train_images"].shape[1:] != raw["test_images"].shape[1:]:
         raise ValueError(
             f"test_images: {_kind(raw['test_images'])} do not fit train_images: {_kind(raw['train_images'])}"
@@ -182,11 +242,22 @@ def _class_sizes(labels: np.ndarray, key: str, class_names: np.ndarray | None = 
     return sizes
 
 
+def _check_places(places: np.ndarray, rows: int) -> None:
+    if places.shape != (rows,) or places.dtype != np.int64:
+        raise ValueError(f"{PLACES}: {_kind(places)}; allowed is int64 of shape ({rows},), one for each train label")
+    if len(np.unique(places)) < rows or places.min() < 0:
+        raise ValueError(f"{PLACES}: allowed are numbers of rows, 0 or more, each once")
+
+
 def _kind(array: np.ndarray) -> str:
     return f"{array.dtype} of shape {array.shape}"
 
 
-def _generator(seed: int, *stream: int) -> np.random.Generator:
+def _check_seed(seed: int) -> None:
     if seed < 0:
         raise ValueError(f"seed: {seed} is not allowed; allowed is 0 or more")
+
+
+def _generator(seed: int, *stream: int) -> np.random.Generator:
+    _check_seed(seed)
     return np.random.default_rng(np.random.SeedSequence([seed, *stream]))

@@ -8,7 +8,7 @@ sample standard deviation over training seeds (ddof 1), none for one.
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,6 +80,7 @@ class Published:
     same_recipe: bool
     source: str
     note: str
+    another_cut: bool = False
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -90,6 +91,7 @@ class Published:
     def flags(self) -> list[str]:
         """Its reservations, in words."""
         found = [words for name, words in RESERVATIONS.items() if getattr(self, name)]
+        found += ["of another cut of these images"] if self.another_cut else []
         return found + ([] if self.same_recipe else ["recipe differs from ours or is not known"])
 
 
@@ -346,6 +348,17 @@ def read_published(path: str | Path) -> list[Published]:
             raise ValueError(f"{path}: row {i}: a second row for {', '.join(one.key)}")
         found[one.key] = one
     return list(found.values())
+
+
+def beside(plan: Mapping[str, Any], published: Sequence[Published]) -> list[Published]:
+    """What stands beside a plan's data sets: what was published of each, or, by its key `published`, of another cut."""
+    other = plan.get("published", {})
+    return [
+        replace(one, dataset=dataset, another_cut=dataset in other)
+        for dataset in plan["datasets"]
+        for one in published
+        if one.dataset == other.get(dataset, dataset)
+    ]
 
 
 def mean_and_sd(values: Iterable[float | None]) -> Mean:

@@ -29,6 +29,7 @@ from longtail.report.outcomes import (
     Record,
     Results,
     Row,
+    beside,
     classes,
     curves,
     gradients,
@@ -174,6 +175,7 @@ def footnote(row: Row, theirs: Published) -> str:
 
 def build(results: Results, published: Sequence[Published]) -> Report:
     """The whole report but its pictures."""
+    published = beside(results.plan, published)
     table = rows(results, published)
     said = answers(results, table)
     return Report(

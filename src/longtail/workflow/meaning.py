@@ -92,7 +92,7 @@ class Package:
     root: Path
     name: str
     stops: frozenset[str] = frozenset()
-    beside: tuple[str, ...] = (".cpp", ".j2")
+    beside: tuple[str, ...] = (".cpp", ".j2", ".npz")
     modules: dict[str, "Module | None"] = field(default_factory=dict)
 
     def module(self, name: str) -> "Module | None":

@@ -31,6 +31,7 @@ class Plan(Block):
     refit: list[Name] = []
     fuse: list[Name] = []
     readings: bool = False  # compare all readings of energy aligning, too
+    published: dict[Name, Name] = {}  # data set: that whose published values stand beside it, where it is another cut
     seeds: list[Seed] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -39,6 +40,8 @@ class Plan(Block):
             values = getattr(self, axis)
             if len(set(values)) < len(values):
                 raise ValueError(f"{axis} names something twice: {values}")
+        if others := sorted(self.published.keys() - set(self.datasets)):
+            raise ValueError(f"published names {others[0]}, which is not among the plan's datasets")
         return self
 
 
@@ -46,6 +49,7 @@ class Dataset(Block):
     source: Name
     profile: Literal["exponential", "step"]
     imbalance_factor: Annotated[float, Field(ge=1)]
+    draw: Literal["ldam", "first", "own"] = "own"
     seed: Seed
     held_out: Fraction
 

@@ -5,6 +5,7 @@ Every reader exports `read(folder, **settings)` and returns the arrays of data/r
     train_images  uint8 (N, H, W, channels)      test_images  uint8 (M, H, W, channels)
     train_labels  int64 (N,)                     test_labels  int64 (M,)
     class_names   unicode (C,)
+    train_places  int64 (N,), where it is known: each train row's number in the original release, from 0
 
 Rows are sorted by class and then by the order the source itself gives (file name, or row number),
 so that the same images give the same bytes wherever they were read from.

@@ -3,7 +3,10 @@
 Source: Krizhevsky, 'Learning Multiple Layers of Features from Tiny Images', 2009. Two routes to the
 same arrays, side by side in one file because they must agree to the byte: the official archive of
 Python pickles, and a mirror of parquet files in the layout of the Hugging Face hub. Pixels are
-32x32 RGB; rows are sorted by (class, original file name).
+32x32 RGB; rows are sorted by (class, original file name). Rows also know their place in the archive's training files,
+by which the field's long-tailed cuts are made (longtail.data.long_tail).
+
+A copy in the hub's own layout has no file names, but has the archive's order: `order` knows the rest.
 """
 
 import hashlib
@@ -26,6 +29,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from longtail.data.sources.cifar.fetch import MIRROR, download
+from longtail.data.sources.cifar.order import by_content
 from longtail.workflow.ranges import Hashes, Md5, Url
 
 SIZE = 32
@@ -74,7 +78,7 @@ class Part(NamedTuple):
     where: str
     images: np.ndarray  # uint8 (N, 32, 32, 3)
     labels: Sequence[int]
-    file_names: Sequence[str]
+    file_names: Sequence[str] | None  # None in the hub's own layout, which has the archive's order instead
 
 
 Splits = dict[str, list[Part]]
@@ -94,30 +98,50 @@ def read(
     read. Without it `url` is downloaded into `folder` and must have this `md5`. `sha256` holds the
     hashes of the pixels of `train` and `test` (uint8, N x 32 x 32 x 3, rows in order), checked
     whichever way they came; with every class equally frequent, which is checked too, they vouch for
-    the labels as well.
+    the labels as well. `places` among them is the hash of the places (int64, rows in order).
+
+    The places come from the archive, from <name>/places.parquet of a mirror, whose column `place` goes row by row with
+    its train split, or, where a mirror has no file names, from its rows, which are then the archive's. A mirror with
+    neither gives no `train_places`.
 
     Raises ValueError naming the setting, or the file, and the row if it can be told, that is wrong.
     """
     if name not in LAYOUTS:
         raise ValueError(f"name: {name!r} is unknown; allowed are {', '.join(LAYOUTS)}")
     hashes = {str(split): value for split, value in (sha256 or {}).items()}
-    if unknown := sorted(set(hashes) - {"train", "test"}):
-        raise ValueError(f"sha256: {unknown[0]!r} is unknown; allowed are train, test")
+    if unknown := sorted(set(hashes) - {"train", "test", "places"}):
+        raise ValueError(f"sha256: {unknown[0]!r} is unknown; allowed are train, test, places")
     layout = LAYOUTS[name]
     if mirror := os.environ.get(MIRROR):
-        splits, class_names = _read_mirror(mirror, name, layout)
+        splits, class_names, places = _read_mirror(mirror, name, layout)
     else:
         archive = download(url, Path(folder) / posixpath.basename(urlsplit(url).path), md5)
         splits, class_names = _read_archive(archive, layout)
+        places = np.arange(sum(len(part.labels) for part in splits["train"]))
     arrays = {"class_names": np.array(class_names)}
     for split, parts in splits.items():
-        images, labels = _in_order(parts, layout.num_classes, hashes.get(split))
+        images, labels, order = _in_order(parts, name, split, layout.num_classes, hashes.get(split))
         arrays |= {f"{split}_images": images, f"{split}_labels": labels}
+        if split == "train" and places is not None:
+            arrays["train_places"] = _checked_places(places[order], parts, hashes.get("places"))
     return arrays
 
 
-def _in_order(parts: list[Part], num_classes: int, sha256: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of all parts sorted by (class, file name): images (N, 32, 32, 3), labels (N,)."""
+def _checked_places(places: np.ndarray, parts: list[Part], sha256: str | None) -> np.ndarray:
+    got = hashlib.sha256(places.astype("<i8").tobytes()).hexdigest()
+    if sha256 is not None and got != sha256:
+        where = ", ".join(part.where for part in parts)
+        raise ValueError(
+            f"{where}: the places in the archive have SHA-256 {got}, expected {sha256}: places.parquet is of other "
+            "rows, or, where there are no file names, the rows are not in the archive's order"
+        )
+    return places
+
+
+def _in_order(
+    parts: list[Part], name: str, split: str, num_classes: int, sha256: str | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of all parts sorted by (class, file name): images (N, 32, 32, 3), labels (N,), and their order (N,)."""
     for part in parts:
         for row, label in enumerate(part.labels):
             if not 0 <= label < num_classes:
@@ -125,7 +149,6 @@ def _in_order(parts: list[Part], num_classes: int, sha256: str | None) -> tuple[
     where = ", ".join(part.where for part in parts)
     images = np.concatenate([part.images for part in parts])
     labels = np.concatenate([np.asarray(part.labels, np.int64) for part in parts])
-    file_names = [file_name for part in parts for file_name in part.file_names]
 
     sizes = np.bincount(labels, minlength=num_classes)
     if not 1 <= sizes.min() == sizes.max():
@@ -134,21 +157,30 @@ def _in_order(parts: list[Part], num_classes: int, sha256: str | None) -> tuple[
             f"{where}: class {low} has {sizes[low]} images and class {high} has {sizes[high]}; "
             "allowed is as many of each, 1 or more"
         )
-    # Pixels come last, so that two files of one name and class do not hang on the order read.
-    order = sorted(range(len(labels)), key=lambda row: (labels[row], file_names[row], images[row].tobytes()))
+    named = [part.file_names for part in parts if part.file_names is not None]
+    if named and len(named) < len(parts):
+        raise ValueError(
+            f"{where}: some of these files have file names and some have none; one or the other is allowed"
+        )
+    if named:
+        file_names = [file_name for names in named for file_name in names]
+        # Pixels come last, so that two files of one name and class do not hang on the order read.
+        order = np.array(sorted(range(len(labels)), key=lambda i: (labels[i], file_names[i], images[i].tobytes())))
+    else:
+        order = by_content(images, labels, f"{name}_{split}", where)
     # C order, whatever the order of the source in memory: it would show in the file's bytes.
     images, labels = np.ascontiguousarray(images[order]), labels[order]
     got = hashlib.sha256(images.data).hexdigest()
     if sha256 is not None and got != sha256:
         raise ValueError(f"{where}: the pixels have SHA-256 {got}, expected {sha256}: damaged, or other images")
-    return images, labels
+    return images, labels, order
 
 
 # The mirror
 
 
-def _read_mirror(mirror: str, name: str, layout: Layout) -> tuple[Splits, list[str]]:
-    """The parts and class names of <mirror>/<name>/{train,test}-*.parquet."""
+def _read_mirror(mirror: str, name: str, layout: Layout) -> tuple[Splits, list[str], np.ndarray | None]:
+    """The parts and class names of <mirror>/<name>/{train,test}-*.parquet, and the places of the train rows."""
     try:
         files, root = fsspec.core.url_to_fs(mirror)
         found = {
@@ -163,18 +195,37 @@ def _read_mirror(mirror: str, name: str, layout: Layout) -> tuple[Splits, list[s
             raise ValueError(f"{MIRROR}: {mirror!r} holds no {name}/{split}-*.parquet")
         splits[split] = []
         for path in paths:
-            try:
-                with files.open(path, "rb") as file:
-                    table = pq.ParquetFile(file).read()
-            except Exception as error:  # pyarrow raises half a dozen kinds for damaged bytes
-                raise ValueError(f"{path}: not a readable parquet file ({error})") from error
+            table = _read_parquet(files, path)
             splits[split].append(_part(path, table, layout.column))
             names[path] = _mirror_class_names(path, table.schema, layout)
     first, class_names = next(iter(names.items()))
     for path, others in names.items():
         if others != class_names:
             raise ValueError(f"{path}: has other class names than {first}; one of them is damaged")
-    return splits, class_names
+    rows = sum(len(part.labels) for part in splits["train"])
+    path = f"{root.rstrip('/')}/{name}/places.parquet"
+    if files.exists(path):
+        return splits, class_names, _places(path, _read_parquet(files, path), rows)
+    archives_order = all(part.file_names is None for part in splits["train"])
+    return splits, class_names, np.arange(rows) if archives_order else None
+
+
+def _read_parquet(files: Any, path: str) -> pa.Table:
+    try:
+        with files.open(path, "rb") as file:
+            return pq.ParquetFile(file).read()
+    except Exception as error:  # pyarrow raises half a dozen kinds for damaged bytes
+        raise ValueError(f"{path}: not a readable parquet file ({error})") from error
+
+
+def _places(path: str, table: pa.Table, rows: int) -> np.ndarray:
+    """The column `place` (N,) of places.parquet."""
+    if "place" not in table.column_names or not pa.types.is_integer(table["place"].type):
+        raise ValueError(f"{path}: no column 'place' of integers; it has {', '.join(table.column_names)}")
+    if len(table) != rows or table["place"].null_count:
+        there = len(table) - table["place"].null_count
+        raise ValueError(f"{path}: {there} places for {rows} training images; allowed is one for each")
+    return np.asarray(table["place"], np.int64)
 
 
 def _part(path: str, table: pa.Table, column: str) -> Part:
@@ -194,11 +245,12 @@ def _part(path: str, table: pa.Table, column: str) -> Part:
     except ValueError as error:  # text that is not UTF-8
         raise ValueError(f"{path}: not a readable parquet file ({error})") from error
     images = np.empty((len(rows), SIZE, SIZE, 3), np.uint8)
+    nameless = all(cell is None or not cell["path"] for cell in rows)
     for row, (cell, label) in enumerate(zip(rows, labels, strict=True)):
-        if label is None or cell is None or not cell["path"]:
+        if label is None or cell is None or not (cell["path"] or nameless):
             raise ValueError(f"{path}: row {row} lacks its label or its img.path, by which rows are ordered")
-        images[row] = _decode(cell["bytes"], f"{path}: row {row} ({cell['path']})")
-    return Part(path, images, labels, [cell["path"] for cell in rows])
+        images[row] = _decode(cell["bytes"], f"{path}: row {row} ({cell['path'] or 'without a name'})")
+    return Part(path, images, labels, None if nameless else [cell["path"] for cell in rows])
 
 
 def _fields(kind: pa.DataType) -> set[str]:
