@@ -4,4 +4,5 @@ from longtail.posthoc import predictions
 from longtail.workflow import files, stage
 
 with stage.run("predictions", "out") as (args, params):
-    files.write_json(args.out, predictions.align(args.predictions, **params["align"]))
+    (settings,) = params.values()  # the block `align`, or the plan's own
+    files.write_json(args.out, predictions.align(args.predictions, **settings))

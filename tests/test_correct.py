@@ -123,7 +123,7 @@ def test_correct_fits_shows_and_writes(folder, monkeypatch, capsys):
     np.testing.assert_allclose(written["shift"], fitted.shift_, atol=1e-6)
     assert (written["fitted_on"], written["flags"]) == ("train", [])
     shown = capsys.readouterr().out
-    assert "EnergyAligning(groups=None, reading='normalized'" in shown and "fitted on train" in shown
+    assert "EnergyAligning(groups=None, reading='equal_shares'" in shown and "fitted on train" in shown
     table = [line for line in shown.splitlines() if line.count(".") == 2 and ")  " in line]
     rows = {line[:-22].strip(): [float(text) for text in line[-22:].split()] for line in table}
     for place, values in enumerate((logits, wanted)):

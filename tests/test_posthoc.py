@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy.optimize import minimize
 from scipy.special import log_softmax, logsumexp, softmax
 from sklearn.base import clone
 from sklearn.pipeline import make_pipeline
@@ -47,21 +48,6 @@ def world(prior, samples: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return -distance / 2 + np.log(prior), labels
 
 
-def test_logits_that_know_their_labels_by_heart_hide_the_bias():
-    """Why training logits misjudge the tail, docs/posthoc.md: in the limit of perfect memory, balanced weights see the
-    same energy in each class and shift nothing; uniform weights see the prior; held-out logits see what is left."""
-    prior = np.array([0.7, 0.2, 0.1])
-    labels = np.repeat([0, 1, 2], [70, 20, 10])
-    by_heart = 50.0 * np.eye(3)[labels]
-    balanced = EnergyAligning("normalized", "balanced").fit(by_heart, labels).shift_
-    np.testing.assert_allclose(balanced, 0, atol=1e-6)
-    uniform = EnergyAligning("normalized", "uniform").fit(by_heart, labels).shift_
-    np.testing.assert_allclose(uniform, -np.log(prior) + np.log(prior).mean(), atol=1e-6)
-    logits, fresh = world(prior, 20_000)
-    held_out = EnergyAligning("normalized", "balanced").fit(logits, fresh).shift_
-    assert held_out[2] - held_out[0] > 0.3
-
-
 def means(classes: int) -> np.ndarray:
     angle = 2 * np.pi * np.arange(classes) / classes
     return np.stack([np.cos(angle), np.sin(angle)], 1)
@@ -85,6 +71,8 @@ def twin(logits, labels, reading, weights, t):
     samples, classes = logits.shape
     count = {c: sum(1 for y in labels if y == c) for c in range(classes)}
     present = sum(1 for c in count.values() if c)
+    share = [sum(1 if weights == "uniform" else 1 / count[y] for y in labels if y == c) for c in range(classes)]
+    share = [part / sum(share) for part in share]
     energies = []
     for y in range(classes):
         total, weight_sum = 0.0, 0.0
@@ -94,6 +82,9 @@ def twin(logits, labels, reading, weights, t):
             w = 1.0 if weights == "uniform" else 1 / (present * count[labels[x]])
             if reading == "mean_energy":
                 total += w * logits[x, y]
+            elif reading == "equal_shares":
+                v = [share[c] * math.exp(logits[x, c] / t) for c in range(classes)]
+                total += w * v[y] / sum(v) / share[y]
             elif reading == "normalized":
                 total += w * math.exp(logits[x, y] / t) / sum(math.exp(z / t) for z in logits[x])
             else:
@@ -190,7 +181,7 @@ def test_groups_share_a_shift_and_groups_of_one_class_are_none():
     same = EnergyAligning("all_samples", groups=[4, 7, 5, 6]).fit(logits, labels)
     np.testing.assert_allclose(same.shift_, alone.shift_, atol=1e-12)
     old_new = EnergyAligning("all_samples", groups=[0, 0, 0, 1], reference=0).fit(logits, labels)
-    weights = posthoc.sample_weights(labels, "balanced")
+    weights = posthoc.sample_weights(labels, "uniform")
     old = -np.log((weights[:, None] * np.exp(logits[:, :3])).sum() / 3)
     new = -np.log((weights * np.exp(logits[:, 3])).sum())
     np.testing.assert_allclose(old_new.shift_, [0, 0, 0, new - old], atol=1e-12)
@@ -216,6 +207,127 @@ def test_large_and_small_logits(scale, dtype):
         assert np.isfinite(found).all()
 
 
+# ----------------------------------------------------------------------------------------- until all shares are equal
+
+
+def equal_twin(logits, labels, weights, t, rounds=20_000):
+    """One step after the other in loops over classes: s <- s - T log(expected share / share)."""
+    samples, classes = logits.shape
+    share = [sum(weights[x] for x in range(samples) if labels[x] == y) for y in range(classes)]
+    shift = [-t * math.log(share[y]) for y in range(classes)]
+    for _ in range(rounds):
+        v = [[(z + s) / t + math.log(p) for z, s, p in zip(row, shift, share, strict=True)] for row in logits]
+        tops = [max(row) for row in v]
+        sums = [sum(math.exp(one - top) for one in row) for row, top in zip(v, tops, strict=True)]
+        for y in range(classes):
+            expected = sum(weights[x] * math.exp(v[x][y] - tops[x]) / sums[x] for x in range(samples))
+            shift[y] -= t * math.log(expected / share[y])
+    return np.array(shift) - np.mean(shift)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("weights", posthoc.WEIGHTS)
+def test_equal_energies_are_those_of_its_twin_in_slices_of_any_size(monkeypatch, weights, temperature, rows):
+    monkeypatch.setattr(posthoc.inputs, "SLICE", 3 * rows)
+    logits, labels = case(samples=12, classes=3)
+    found = EnergyAligning(weights=weights, temperature=temperature).fit(logits, labels).shift_
+    each = posthoc.sample_weights(labels, weights)
+    np.testing.assert_allclose(found, equal_twin(logits, labels, each, temperature, 2000), atol=1e-5)
+
+
+@given(logit_arrays, st.sampled_from(posthoc.WEIGHTS), st.floats(0.5, 3), st.integers(0, 3))
+def test_every_class_is_expected_as_often_as_it_is_there(logits, weights, t, most):
+    labels = np.concatenate([np.full(12, most), np.arange(12) % 4])  # a long tail of a kind
+    logits = logits + 3.0 * np.random.default_rng(0).normal(size=logits.shape)  # no two alike
+    shift = EnergyAligning(weights=weights, temperature=t).fit(logits, labels).shift_
+    each = posthoc.sample_weights(labels, weights)
+    shares = np.bincount(labels, each, 4)
+    expected = each @ softmax((logits + shift) / t + np.log(shares), axis=1)
+    np.testing.assert_allclose(expected, shares, rtol=1e-3)
+
+
+@pytest.mark.parametrize("margin", [5.0, 50.0, 500.0])
+def test_what_is_known_by_heart_still_has_a_shift(margin):
+    """Each label's logit the same margin above the others: s = -log(share) / 2 for large margins, far below what a
+    float can tell from certainty; one step sees nothing but the shares of the labels."""
+    prior = np.array([0.7, 0.2, 0.1])
+    labels = np.repeat([0, 1, 2], [70, 20, 10])
+    by_heart = margin * np.eye(3)[labels]
+    found = EnergyAligning().fit(by_heart, labels).shift_
+    half = -np.log(prior) / 2
+    np.testing.assert_allclose(found, half - half.mean(), atol=0.01 if margin < 10 else 1e-6)
+    step = EnergyAligning("normalized").fit(by_heart, labels).shift_
+    np.testing.assert_allclose(step, 2 * (half - half.mean()), atol=0.05 if margin < 10 else 1e-6)
+    balanced = EnergyAligning(weights="balanced").fit(by_heart, labels).shift_
+    np.testing.assert_allclose(balanced, 0, atol=1e-6)
+
+
+def trained(features, labels, adjustment, classes):
+    """Weights and biases of a linear classifier at the end of its training on softmax(z + adjustment)."""
+    rows = np.arange(len(labels))
+
+    def loss(flat):
+        weight, bias = flat[:-classes].reshape(-1, classes), flat[-classes:]
+        v = features @ weight + bias + adjustment
+        error = softmax(v, axis=1)
+        error[rows, labels] -= 1
+        decay = 1e-3 * float((weight**2).sum()) / 2  # of the weights alone
+        value = float((logsumexp(v, axis=1) - v[rows, labels]).mean()) + decay
+        gradient = features.T @ error / len(labels) + 1e-3 * weight
+        return value, np.concatenate([gradient.ravel(), error.mean(0)])
+
+    start = np.zeros((features.shape[1] + 1) * classes)
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 5000, "ftol": 0, "gtol": 1e-10}).x
+    return found[:-classes].reshape(-1, classes), found[-classes:]
+
+
+@pytest.mark.parametrize("tau", [0.0, 1.0, 2.0])
+def test_training_logits_known_by_heart_tell_what_the_loss_did_about_the_prior(tau):
+    """100 dimensions for 80 samples: all are known. Trained with tau * log prior added, as balanced softmax (1) and
+    the third expert of BalPoE (2) are, what is left to do is (tau - 1) * log prior: the whole of logit adjustment for
+    plain cross-entropy, nothing for balanced softmax, and back for the inverse. No count and no tau was told."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2, 3], [50, 20, 7, 3])
+    log_prior = np.log(np.bincount(labels) / len(labels))
+    features = rng.normal(size=(len(labels), 100)) + rng.normal(size=(4, 100))[labels] * 0.3
+    weight, bias = trained(features, labels, tau * log_prior, 4)
+    logits = features @ weight + bias
+    assert ((logits + tau * log_prior).argmax(1) == labels).all()
+    wanted = (tau - 1) * log_prior
+    found = EnergyAligning().fit(logits, labels).shift_
+    np.testing.assert_allclose(found, wanted - wanted.mean(), atol=1e-4)
+
+
+def test_the_shift_of_a_calibrated_network_is_minus_log_prior_whatever_prior_it_is_calibrated_for():
+    """200,000 fresh samples of a long tail, logits for another prior: minus the logarithm of that other one."""
+    prior, other = np.array([0.6, 0.3, 0.1]), np.array([0.2, 0.3, 0.5])
+    logits, labels = world(prior, 200_000)
+    found = EnergyAligning().fit(logits + np.log(other / prior), labels).shift_
+    np.testing.assert_allclose(found, -np.log(other) + np.log(other).mean(), atol=0.03)
+
+
+def test_equal_energies_in_groups():
+    logits, labels = case()
+    apart = EnergyAligning().fit(logits, labels).shift_
+    np.testing.assert_allclose(EnergyAligning(groups=[4, 7, 5, 6]).fit(logits, labels).shift_, apart, atol=1e-6)
+    shift = EnergyAligning(groups=[0, 0, 0, 1]).fit(logits, labels).shift_
+    assert np.ptp(shift[:3]) == 0 and abs(shift[3] - shift[0]) > 1e-3
+    shares = np.bincount(labels) / len(labels)
+    expected = softmax(logits + shift + np.log(shares), axis=1).mean(0)
+    np.testing.assert_allclose(expected[3], shares[3], rtol=1e-6)
+
+
+def test_a_class_without_a_sample_counts_as_half_of_one():
+    logits, labels = case(samples=60)
+    some = labels != 2
+    shift = EnergyAligning().fit(logits[some], labels[some]).shift_
+    shares = np.maximum(np.bincount(labels[some], minlength=4), 0.5) / some.sum()
+    shares /= shares.sum()
+    expected = softmax(logits[some] + shift + np.log(shares), axis=1).mean(0)
+    np.testing.assert_allclose(expected, shares, rtol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------- its relatives
 
 
@@ -228,9 +340,9 @@ def test_rebalancing_is_the_published_score(logits, tau):
 
 
 def test_rebalancing_is_energy_aligning_on_the_same_samples():
-    """The normalised reading with uniform weights, up to the reference."""
+    """The first step of the normalised reading with uniform weights, up to the reference."""
     logits, labels = case()
-    a, b = PredictionRebalancing().fit(logits), EnergyAligning("normalized", "uniform").fit(logits, labels)
+    a, b = PredictionRebalancing().fit(logits), EnergyAligning("normalized").fit(logits, labels)
     np.testing.assert_allclose(a.predict_proba(logits), b.predict_proba(logits), atol=1e-12)
 
 

@@ -40,7 +40,7 @@ def test_every_candidate_has_its_row(tmp_path):
     assert [row["flags"] for row in rows].count("transductive") == 1
     splits, _ = readings.read(save(tmp_path / "p.npz"))
     row = find(rows, correction="energy aligning", reading="normalized", weights="balanced", fitted_on="train")
-    fitted = posthoc.EnergyAligning().fit(*splits["train"])
+    fitted = posthoc.EnergyAligning("normalized", "balanced").fit(*splits["train"])
     by_hand = metrics.summarize(fitted.transform(splits["test"][0]), splits["test"][1], COUNTS, **SETTINGS)
     assert (row["test"], row["few"], row["nll"]) == (by_hand["accuracy"], by_hand["few"], by_hand["nll"])
     predicted, labels = fitted.predict(splits["held-out"][0]), splits["held-out"][1]

@@ -273,6 +273,15 @@ def test_published_values_of_another_cut_stand_beside_a_plan_that_asks_for_them_
     assert "90.0" not in text
 
 
+def test_a_loss_below_zero_is_one(cells):
+    """LADE's has a term that is."""
+    path = cells / "toy_if10/plain/ce/1/history.csv"
+    rows = [row | {"loss": "-0.02"} for row in files.read_csv(path)]
+    files.write_csv(path, rows, list(rows[0]))
+    cell = outcomes.read("toy", PLAN, cells).cells
+    assert {one.history[0]["loss"] for one in cell.values()} > {-0.02}
+
+
 def test_curves_and_classes_are_tidy(cells):
     results = outcomes.read("toy", PLAN, cells)
     lines = outcomes.curves(results)

@@ -21,6 +21,7 @@ from longtail.workflow import files
 
 AXES = ("datasets", "recipes", "methods", "seeds")
 FOLDS = 5
+READINGS = ("all_samples", "own_samples", "mean_energy", "normalized")  # of one step
 COLUMNS = ("correction", "reading", "weights", "fitted_on", "flags", "held_out", "test", "many", "medium", "few",
            "nll", "ece", "note")  # fmt: skip
 ENERGIES = ("class", "train_images", "reading", "logits", "energy")
@@ -37,7 +38,7 @@ def candidates() -> list[tuple[dict[str, str], posthoc.Correction | None]]:
     """What is compared: its first columns, and the correction; None for the logits as they are."""
     found: list[tuple[dict[str, str], posthoc.Correction | None]] = [({"correction": "none"}, None)]
     for fitted_on in ("train", "held-out"):
-        for reading in posthoc.READINGS:
+        for reading in READINGS:
             for weights in posthoc.WEIGHTS:
                 named = {"correction": "energy aligning", "reading": reading, "weights": weights}
                 found.append(({**named, "fitted_on": fitted_on}, posthoc.EnergyAligning(reading, weights)))
@@ -114,7 +115,7 @@ def energies(predictions: str) -> list[dict[str, Any]]:
     """
     splits, counts_C = read(predictions)
     rows = []
-    for reading in posthoc.READINGS:
+    for reading in READINGS:
         aligning = posthoc.EnergyAligning(reading, "balanced")
         seen = dict(splits)
         for name in ("train", "held-out"):

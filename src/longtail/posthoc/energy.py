@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from scipy.special import log_softmax, logsumexp
+from scipy.optimize import minimize
+from scipy.special import log_softmax, logsumexp, softmax
 
 from longtail.posthoc.correction import Correction
 from longtail.posthoc.inputs import as_labels, as_numpy, check, counts_of, slices
@@ -55,11 +56,21 @@ def normalized(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray, t: f
     return energies
 
 
+def equal_shares(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray, t: float) -> np.ndarray:
+    """`normalized` with the class shares of the samples put back, against these: what `EnergyAligning` makes 0."""
+    shares = class_shares(labels, weights, logits.shape[1])
+    total = np.zeros(logits.shape[1])
+    for where, part in slices(logits):
+        total += weights[where] @ softmax(part.astype(np.float64) / t + np.log(shares), axis=1)
+    return -t * np.log(np.maximum(total, np.finfo(float).tiny) / shares)
+
+
 READINGS: dict[str, Reading] = {
     "all_samples": all_samples,
     "own_samples": own_samples,
     "mean_energy": mean_energy,
     "normalized": normalized,
+    "equal_shares": equal_shares,
 }
 
 
@@ -76,8 +87,17 @@ def sample_weights(labels: np.ndarray, weights: str) -> np.ndarray:
     return 1 / (len(counts) * counts[index])
 
 
+def class_shares(labels: np.ndarray, weights: np.ndarray, classes: int) -> np.ndarray:
+    """The share (C,) of each class in the weights of its samples; a class without a sample counts as half of one."""
+    shares: np.ndarray = np.bincount(labels, weights, classes)
+    if shares.all():
+        return shares
+    shares = np.where(shares > 0, shares, 0.5 / len(labels))
+    return shares / shares.sum()
+
+
 def free_energy(
-    logits: Any, labels: Any, *, reading: str = "normalized", weights: str = "balanced", temperature: float = 1.0
+    logits: Any, labels: Any, *, reading: str = "equal_shares", weights: str = "uniform", temperature: float = 1.0
 ) -> np.ndarray:
     """The free energy (C,) of each class, in float64 and nats: see `EnergyAligning`.
 
@@ -104,11 +124,22 @@ class EnergyAligning(Correction):
     F(y) - s_y of it: s_y = strength * (F(y) - reference). The paper states the idea; its formula is not public, hence
     the readings.
 
+    With log p(y|x) in place of z (`normalized`), the classes compete: a shift of one moves the energies of all, and one
+    step does not make them equal. `equal_shares` goes on until they are. S has class shares of its own, t_y = sum of w
+    over the samples of class y; they are put back, so that nothing is presumed of S:
+
+        v(x) = (z(x) + s) / T + log t;   s such that  F(y) = -T log( sum of w(x) softmax(v(x))_y / t_y ) = 0 for all y
+
+    A class is then expected as often as it is there. The first step, from s = -T log t on, is `normalized`; the last is
+    where balanced softmax (Ren et al., NeurIPS 2020) with nothing but s free gives the labels the highest likelihood. A
+    training ends where exactly these sums agree for its own loss, however well it knows its images; so its own images
+    tell how the loss has dealt with the prior (docs/posthoc.md), where it drew each as often as any other.
+
     Args:
         reading: what S and z are. all_samples: every sample; own_samples: those of class y; mean_energy: every
-            sample, F(y) = minus the mean logit; normalized: every sample, log p(y|x) in place of z.
-        weights: balanced: every class of S counts the same, so a network that is balanced already is not shifted for
-            the long tail of S; uniform: every sample does, so a calibrated network's shift is -log prior of S.
+            sample, F(y) = minus the mean logit; normalized: every sample, log p(y|x) in place of z; equal_shares:
+            the same until all are equal, with the class shares of S put back.
+        weights: uniform: every sample counts the same, as in training; balanced: every class of S does.
         temperature: T.
         strength: 1 aligns fully, 0 not at all.
         reference: mean (of F over classes), or the class whose logit stays.
@@ -123,8 +154,8 @@ class EnergyAligning(Correction):
 
     def __init__(
         self,
-        reading: str = "normalized",
-        weights: str = "balanced",
+        reading: str = "equal_shares",
+        weights: str = "uniform",
         temperature: float = 1.0,
         strength: float = 1.0,
         reference: str | int = "mean",
@@ -136,15 +167,15 @@ class EnergyAligning(Correction):
     def _fit(self, logits: np.ndarray, labels: np.ndarray) -> None:
         classes = logits.shape[1]
         self.energy_ = self.energies(logits, labels)
-        energy = self.energy_
-        if self.groups is not None:
-            groups = as_numpy(self.groups)
-            if groups.shape != (classes,) or groups.dtype.kind not in "iu":
-                raise ValueError(f"groups are {groups.dtype} {groups.shape}; expected {classes} whole numbers")
-            energy = energy.copy()
-            for group in np.unique(groups):
-                own, t = groups == group, self.temperature
-                energy[own] = -t * (logsumexp(-energy[own] / t) - np.log(own.sum()))
+        if self.reading == "equal_shares":
+            weights = sample_weights(labels, self.weights)
+            energy = equal_energies(logits, labels, weights, self.temperature, self._groups(classes))
+        elif self.groups is None:
+            energy = self.energy_
+        else:
+            groups, t = self._groups(classes), self.temperature
+            summed = [logsumexp(-self.energy_[groups == group] / t) for group in range(groups.max() + 1)]
+            energy = -t * (np.array(summed) - np.log(np.bincount(groups)))[groups]
         if isinstance(self.reference, str):
             if self.reference != "mean":
                 raise ValueError(f"reference = {self.reference!r}; allowed are 'mean' and a class")
@@ -155,8 +186,68 @@ class EnergyAligning(Correction):
             reference = energy[self.reference]
         self.shift_ = self.strength * (energy - reference)
 
+    def _groups(self, classes: int) -> np.ndarray:
+        """The group of each class (C,), numbered from 0 on."""
+        groups = np.arange(classes) if self.groups is None else as_numpy(self.groups)
+        if groups.shape != (classes,) or groups.dtype.kind not in "iu":
+            raise ValueError(f"groups are {groups.dtype} {groups.shape}; expected {classes} whole numbers")
+        return np.unique(groups, return_inverse=True)[1]
+
     def energies(self, logits: Any, labels: Any) -> np.ndarray:
         """The free energies (C,) of logits, with this one's settings: of corrected ones, how equal they have become."""
         return free_energy(
             logits, labels, reading=self.reading, weights=self.weights, temperature=self.temperature
         )  # fmt: skip
+
+
+def equal_energies(
+    logits: np.ndarray, labels: np.ndarray, weights: np.ndarray, t: float, groups: np.ndarray
+) -> np.ndarray:
+    """The shift (C,) in nats, up to a constant, after which all free energies are equal: see `EnergyAligning`.
+
+    Args:
+        groups: (C,) numbers from 0 on; classes of one group have one shift.
+    """
+    classes = logits.shape[1]
+    shares = class_shares(labels, weights, classes)
+    absent = np.bincount(groups, np.bincount(labels, weights, classes) - shares)
+
+    def loss(shift: np.ndarray) -> tuple[float, np.ndarray]:
+        """Minus the mean log-likelihood of v, and its gradient: expected minus actual shares.
+
+        Of images that are known by heart both are small but not zero, and the shift is in how small they are for each
+        class: nothing is subtracted from 1.
+        """
+        added = shift[groups] + np.log(shares)
+        total, gradient = float(absent @ shift), np.zeros(classes)
+        for where, part in slices(logits):
+            own = np.arange(len(part)), labels[where]
+            off = part.astype(np.float64)
+            off -= off[own][:, None]
+            off /= t
+            off += added - added[labels[where], None]
+            off[own] = -np.inf
+            highest = np.maximum(off.max(1), 0)
+            np.exp(np.subtract(off, highest[:, None], out=off), out=off)
+            others, mine = off.sum(1), np.exp(-highest)
+            known = highest == 0  # then `mine` is 1, and 1 + others would lose what is small
+            log_sum = highest + np.where(known, np.log1p(others), np.log(mine + others))
+            total += float(weights[where] @ log_sum)
+            off /= (mine + others)[:, None]
+            gradient += weights[where] @ off
+            gradient -= np.bincount(labels[where], weights[where] * off.sum(1), classes)
+        return total, np.bincount(groups, gradient) + absent
+
+    start = np.bincount(groups, -np.log(shares)) / np.bincount(groups)
+    scale, _ = loss(start)
+    if not scale > 0:  # known so well that float64 sees nothing else
+        return t * start[groups]
+    found = minimize(
+        lambda shift: tuple(part / scale for part in loss(shift)),
+        start,
+        jac=True,
+        method="L-BFGS-B",
+        options={"maxiter": 1000, "maxcor": 20, "ftol": 0, "gtol": 1e-8},
+    )
+    shift: np.ndarray = t * found.x[groups]
+    return shift

@@ -22,6 +22,7 @@ from longtail.workflow.pipeline import CELL_FILES
 RATIO = "gradient_ratio_"  # and the class: columns of a history that recorded them
 MEASURES = ("accuracy", "many", "medium", "few", "balanced_error", "nll", "ece", "top5", "geometric_mean",
             "worst_class", "macro_f1", "brier", "ece_equal_mass", "mce", "classwise_ece", "aurc")  # fmt: skip
+SIGNED = ("loss",)  # LADE's has a negative term
 HIGHEST = {"nll": math.inf, "brier": 2.0}  # of the others 1
 RESAMPLED = ("accuracy", "nll", "ece")  # those with a standard error over images
 GROUPS = ("many", "medium", "few")  # a group without classes is null
@@ -178,16 +179,16 @@ class Results:
         return [self.cells[Cell(self.plan_name, row.dataset, row.recipe, row.method, str(seed))] for seed in row.seeds]
 
 
-def number(value: Any, where: str, high: float = math.inf) -> float:
-    """`value` as a float from 0 to `high`; else a ValueError that begins with `where`."""
+def number(value: Any, where: str, high: float = math.inf, low: float = 0.0) -> float:
+    """`value` as a float from `low` to `high`; else a ValueError that begins with `where`."""
     try:
         if isinstance(value, bool):
             raise ValueError
         result = float(value)
     except (TypeError, ValueError):
         raise ValueError(f"{where}: {value!r} is not a number") from None
-    if not (0 <= result <= high and math.isfinite(result)):
-        limit = f"0 to {high:g}" if math.isfinite(high) else "a finite number from 0 on"
+    if not (low <= result <= high and math.isfinite(result)):
+        limit = f"{low:g} to {high:g}" if math.isfinite(high) else "a finite number" + " from 0 on" * (low == 0)
         raise ValueError(f"{where}: {value!r}, but allowed is {limit}")
     return result
 
@@ -225,7 +226,11 @@ def read_table(path: Path, needed: Sequence[str], limits: Mapping[str, float]) -
             raise ValueError(f"{path}: no column {column!r}; it has {', '.join(map(str, table[0]))}")
     return [
         {
-            column: (number(text, f"{path}: row {i}, {column}", limits[column]) if text else None)
+            column: (
+                number(text, f"{path}: row {i}, {column}", limits[column], -math.inf if column in SIGNED else 0.0)
+                if text
+                else None
+            )
             if column in limits
             else text
             for column, text in row.items()

@@ -16,7 +16,7 @@ from typing import Any
 from longtail.workflow.meaning import Package, Unit, program, reached
 
 FOLDER = "stages/code"
-BESIDE = (".cpp", ".j2")  # what modules name beside Python: kernels, templates
+BESIDE = (".cpp", ".j2", ".npz")  # what modules name beside Python: kernels, templates, tables
 PACKAGE = "longtail"
 # What cannot change a result: the stage's frame, the schema (it only refuses), tracking, and what a machine is.
 PLUMBING = frozenset(

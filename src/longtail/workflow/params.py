@@ -23,6 +23,13 @@ class Block(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class Align(Block):
+    reading: Literal["all_samples", "own_samples", "mean_energy", "normalized", "equal_shares"]
+    weights: Literal["balanced", "uniform"]
+    temperature: Positive
+    strength: NotNegative
+
+
 class Plan(Block):
     datasets: list[Name] = Field(min_length=1)
     recipes: list[Name] = Field(min_length=1)
@@ -31,6 +38,7 @@ class Plan(Block):
     refit: list[Name] = []
     fuse: list[Name] = []
     readings: bool = False  # compare all readings of energy aligning, too
+    align: Align | None = None  # in place of the block `align`
     published: dict[Name, Name] = {}  # data set: that whose published values stand beside it, where it is another cut
     seeds: list[Seed] = Field(min_length=1)
 
@@ -190,13 +198,6 @@ class LargeRecipe(Recipe):
 
 class Fuse(Block):
     fuse: list[Name] = Field(min_length=2)
-
-
-class Align(Block):
-    reading: Literal["all_samples", "own_samples", "mean_energy", "normalized"]
-    weights: Literal["balanced", "uniform"]
-    temperature: Positive
-    strength: NotNegative
 
 
 class Evaluate(Block):
