@@ -503,7 +503,7 @@ def test_a_report_that_failed_is_a_failure(asked, capsys, monkeypatch):
 
 
 def test_a_plan_with_readings_compares_its_cells_and_reads_them(asked, capsys, monkeypatch):
-    name = "cifar100_if100_held_out-fast-ce-1"
+    name = "cifar100_ldam_if100_held_out-fast-ce-1"
     addresses = cli.stages(PARAMS, Cell.parse("posthoc", name))
     kinds = [address.rpartition(":")[2].partition("-")[0] for address in addresses]
     assert kinds == ["train", "predict", "align", "evaluate", "compare"]
@@ -521,7 +521,7 @@ def test_readings_wait_for_the_last_cell(asked, capsys, monkeypatch):
     monkeypatch.setattr(cli.schema, "load", lambda: PARAMS | {"plans": plans})
     assert cli.run("posthoc", "*-1", 1) == 0
     assert made(asked) == ["report-posthoc"]
-    assert "readings: not yet, 2 of 6 cells are still to come" in capsys.readouterr().out
+    assert "readings: not yet, 3 of 9 cells are still to come" in capsys.readouterr().out
 
 
 def test_a_plan_without_stages_is_named(monkeypatch):

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from sklearn.base import clone
 
 from longtail import posthoc
 from longtail.evaluation import metrics, readings
@@ -33,18 +32,59 @@ def find(rows, **wanted):
     return row
 
 
+def slow_accuracy(predicted, labels):
+    return np.mean([np.mean([p == c for p, y in zip(predicted, labels, strict=True) if y == c]) for c in set(labels)])
+
+
 def test_every_candidate_has_its_row(tmp_path):
     rows = readings.compare(save(tmp_path / "p.npz"), **SETTINGS)
-    assert len(rows) == 1 + 2 * 4 * 2 + 1 + 3 + 1
-    assert all(tuple(row) == readings.COLUMNS and row["note"] is None and row["test"] > 0 for row in rows)
+    assert len(rows) == 1 + 2 + 2 * 2 * (4 * 5 + 1) * 5 + 1 + 3 + 1
+    assert all(tuple(row) == readings.COLUMNS and row["test"] > 0 for row in rows)
     assert [row["flags"] for row in rows].count("transductive") == 1
     splits, _ = readings.read(save(tmp_path / "p.npz"))
-    row = find(rows, correction="energy aligning", reading="normalized", weights="balanced", fitted_on="train")
-    fitted = posthoc.EnergyAligning("normalized", "balanced").fit(*splits["train"])
+    row = find(
+        rows, correction="energy aligning", reading="normalized", weights="balanced", temperature=2.0, strength=0.5,
+        fitted_on="train",
+    )  # fmt: skip
+    fitted = posthoc.EnergyAligning("normalized", "balanced", 2.0, 0.5).fit(*splits["train"])
     by_hand = metrics.summarize(fitted.transform(splits["test"][0]), splits["test"][1], COUNTS, **SETTINGS)
-    assert (row["test"], row["few"], row["nll"]) == (by_hand["accuracy"], by_hand["few"], by_hand["nll"])
+    assert (row["test"], row["few"]) == (by_hand["accuracy"], by_hand["few"])
+    assert row["nll"] == pytest.approx(by_hand["nll"])
     predicted, labels = fitted.predict(splits["held-out"][0]), splits["held-out"][1]
-    assert row["held_out"] == pytest.approx(np.mean([np.mean(predicted[labels == c] == c) for c in range(3)]))
+    assert row["held_out"] == pytest.approx(slow_accuracy(predicted, labels))
+
+
+def test_the_first_setting_is_the_default():
+    default = next(readings.settings())
+    assert posthoc.EnergyAligning(*default[1:]).get_params() == posthoc.EnergyAligning().get_params()
+    assert len(set(readings.settings())) == len([*readings.settings()])
+
+
+def test_choosing_is_judged_on_what_it_did_not_see(tmp_path):
+    """By hand: for each fold, every setting fitted without it, scored by cross-fitting on the other four."""
+    splits, _ = readings.read(save(tmp_path / "p.npz"))
+    logits, labels = splits["held-out"]
+    among = [
+        readings.Setting("held-out", reading, "uniform", 1.0, strength)
+        for reading in ("normalized", "equal_shares") for strength in (1.0, 0.5)
+    ]  # fmt: skip
+    fold = readings.folds(labels)
+    predicted = np.empty(len(labels), dtype=int)
+    for outer in range(readings.FOLDS):
+        rest, scores = fold != outer, []
+        for one in among:
+            guess = np.empty(len(labels), dtype=int)
+            for inner in range(readings.FOLDS):
+                seen = rest & (fold != inner)
+                fitted = posthoc.EnergyAligning(one.reading, one.weights, strength=one.strength)
+                guess[fold == inner] = fitted.fit(logits[seen], labels[seen]).predict(logits[fold == inner])
+            scores.append(slow_accuracy(guess[rest], labels[rest]))
+        one = among[int(np.argmax(scores))]
+        fitted = posthoc.EnergyAligning(one.reading, one.weights, strength=one.strength).fit(logits[rest], labels[rest])
+        predicted[~rest] = fitted.predict(logits[~rest])
+    best, accuracy = readings.chosen(readings.Tried(splits), among)
+    assert accuracy == pytest.approx(slow_accuracy(predicted, labels))
+    assert best == max(among, key=lambda one: readings.mean_over_classes(readings.Tried(splits).right(one), labels))
 
 
 def test_test_images_are_never_seen_but_where_it_says_so(tmp_path):
@@ -54,7 +94,7 @@ def test_test_images_are_never_seen_but_where_it_says_so(tmp_path):
     other = str(files.save_arrays(tmp_path / "q.npz", **arrays))
     for row, same in zip(readings.compare(path, **SETTINGS), readings.compare(other, **SETTINGS), strict=True):
         if row["fitted_on"] != "test":
-            assert row["held_out"] == same["held_out"]
+            assert (row["held_out"], row["note"]) == (same["held_out"], same["note"])
 
 
 def test_what_is_fitted_on_held_out_is_judged_on_the_rest_of_it(tmp_path):
@@ -86,19 +126,20 @@ def test_folds_share_out_every_class():
 
 def test_what_cannot_be_fitted_says_why(tmp_path):
     rows = readings.compare(save(tmp_path / "p.npz", missing=True), **SETTINGS)
-    row = find(rows, reading="own_samples", weights="uniform", fitted_on="held-out")
-    assert "own_samples needs a sample of every class" in row["note"] and row["test"] is None
+    row = find(rows, reading="own_samples", weights="uniform", fitted_on="held-out", temperature=1.0, strength=1.0)
+    assert "own_samples needs a sample of every class" in row["note"] and row["test"] is row["held_out"] is None
     with pytest.raises(ValueError, match=r"q\.npz: no held-out logits; choose a data set with held_out above 0"):
         readings.compare(save(tmp_path / "q.npz", held_out=False), **SETTINGS)
 
 
 def test_pooled_is_the_mean_and_the_best_on_held_out_comes_first(tmp_path):
     rows = readings.compare(save(tmp_path / "p.npz"), **SETTINGS)
+    rows = rows[:12] + rows[-5:]
     other = [{**row, "held_out": row["held_out"] / 2, "test": 0.5} for row in rows]
-    other[1] = {**other[1], "test": None, "held_out": None, "note": "why"}
+    other[3] = {**other[3], "test": None, "held_out": None, "note": "why"}
     table = readings.pooled([rows, other])
     assert [row["held_out"] or 0 for row in table] == sorted([row["held_out"] or 0 for row in table], reverse=True)
-    first = max(rows[:1] + rows[2:], key=lambda row: row["held_out"])
+    first = max(rows[:3] + rows[4:], key=lambda row: row["held_out"])
     assert table[0]["held_out"] == pytest.approx(0.75 * first["held_out"])
     assert table[-1]["note"] == "why" and table[-1]["test"] is None
     best = next(row for row in table if not row["flags"])
@@ -112,50 +153,48 @@ def test_pooled_is_the_mean_and_the_best_on_held_out_comes_first(tmp_path):
 def test_the_slope_of_energies_by_hand():
     def rows(slope, offset):
         return [
-            {"reading": "normalized", "logits": kind, "train_images": str(n),
-             "energy": str(k * slope * np.log(n) + offset)}
+            {"logits": kind, "train_images": str(n), "energy": str(k * slope * np.log(n) + offset)}
             for kind, k in (("train", 1), ("test", 2)) for n in (5, 50, 500)
         ]  # fmt: skip
 
     (found,) = readings.steepness({"ce": [rows(-1.0, 0.3), rows(-0.5, 2.0)]})
-    assert found == {
-        "method": "ce", "reading": "normalized", "train": pytest.approx(-0.75), "test": pytest.approx(-1.5),
-    }  # fmt: skip
+    assert found == {"group": "ce", "train": pytest.approx(-0.75), "test": pytest.approx(-1.5)}
 
 
-def test_energies_are_those_of_the_splits_and_equal_after_aligning_on_them(tmp_path):
+def test_energies_are_those_of_the_splits_and_of_test_after_aligning(tmp_path):
     path = save(tmp_path / "p.npz")
     splits, _ = readings.read(path)
-    rows = [row for row in readings.energies(path) if row["reading"] == "all_samples"]
+    rows = readings.energies(path)
     by_logits = {name: [row["energy"] for row in rows if row["logits"] == name] for name in {r["logits"] for r in rows}}
-    assert set(by_logits) == {"train", "held-out", "test", "test, aligned on train", "test, aligned on held-out"}
-    aligning = posthoc.EnergyAligning("all_samples", "balanced")
-    energy = aligning.energies(*splits["held-out"])
+    assert set(by_logits) == {"train", "held-out", "test", "test, normalized on train", "test, equal_shares on train"}
+    energy = posthoc.free_energy(*splits["held-out"], reading="normalized", weights="balanced")
     np.testing.assert_allclose(by_logits["held-out"], energy - energy.mean())
-    shift = clone(aligning).fit(*splits["train"]).shift_
-    np.testing.assert_allclose(by_logits["test, aligned on train"], np.subtract(by_logits["test"], shift), atol=1e-6)
+    aligned = posthoc.EnergyAligning().fit(*splits["train"]).transform(splits["test"][0])
+    energy = posthoc.free_energy(aligned, splits["test"][1], reading="normalized", weights="balanced")
+    np.testing.assert_allclose(by_logits["test, equal_shares on train"], energy - energy.mean())
 
 
-def test_the_plan_s_page_says_who_won_and_names_a_cell_that_has_not_run(tmp_path):
-    plan = {"datasets": ["d"], "recipes": ["r"], "methods": ["ce", "balanced_softmax"], "seeds": [1, 2]}
+def test_the_plan_s_page_says_what_is_best_of_the_cells_that_have_run(tmp_path):
+    plan = {"datasets": ["d"], "recipes": ["r", "s"], "methods": ["ce", "balanced_softmax"], "seeds": [1, 2]}
     path = save(tmp_path / "p.npz", missing=True)
     rows, energies = readings.compare(path, **SETTINGS), readings.energies(path)
-    for method in plan["methods"]:
-        for seed in plan["seeds"]:
-            folder = tmp_path / "cells/d/r" / method / str(seed)
-            files.write_csv(folder / "corrections.csv", rows, readings.COLUMNS)
-            files.write_csv(folder / "energies.csv", energies, readings.ENERGIES)
+    with pytest.raises(ValueError, match=r"cells: no cell has a corrections\.csv"):
+        readings.write(plan, cells_dir=str(tmp_path / "cells"), out_dir=str(tmp_path / "out"))
+    for place in ("r/ce/1", "r/ce/2", "s/balanced_softmax/1"):
+        files.write_csv(tmp_path / "cells/d" / place / "corrections.csv", rows, readings.COLUMNS)
+        files.write_csv(tmp_path / "cells/d" / place / "energies.csv", energies, readings.ENERGIES)
     drawn = readings.write(plan, cells_dir=str(tmp_path / "cells"), out_dir=str(tmp_path / "out"))
+    assert list(drawn) == ["r, ce", "s, balanced_softmax"]
     page = (tmp_path / "out/readings.md").read_text()
-    inductive = [row for row in rows if row["held_out"] is not None and not row["flags"]]
-    best = max(inductive, key=lambda row: row["held_out"])
-    assert f"Best on held-out: **{readings.described(best)}**, {100 * best['held_out']:.1f} %" in page
-    assert "| Method | Reading | train | held-out | test |" in page
+    default = find(rows, **dict(zip(readings.Setting._fields, next(readings.settings()), strict=True)))
+    said = f"equal_shares, uniform, fitted on train: {100 * default['held_out']:.1f} % on held-out"
+    assert f"The default, energy aligning, {said}, {100 * default['test']:.1f} % on test." in page
+    aligning = [row for row in rows if row["correction"] == "energy aligning" and row["held_out"] is not None]
+    best = max(aligning, key=lambda row: row["held_out"])
+    assert f"The best setting on held-out, {readings.described(best)}: {100 * best['held_out']:.1f} %" in page
+    assert page.count("| default |") == 3 and page.count("energy aligning as chosen") == 2 * 3
+    assert "| Cells | train | held-out | test |" in page
     assert "| prediction re-balancing | test |" in page and "| transductive |" in page
-    assert page.count("own_samples needs a sample of every class") == 2 * 3  # both weights; all cells and two methods
-    assert list(drawn) == plan["methods"]
     assert more_plots.energies(drawn) == more_plots.energies(drawn) and more_plots.energies(drawn).startswith(
         b"\x89PNG"
     )
-    with pytest.raises(ValueError, match=r"cells/d/r/ce/3/corrections.csv: no such file; the cell has not run"):
-        readings.write({**plan, "seeds": [3]}, cells_dir=str(tmp_path / "cells"), out_dir=str(tmp_path / "out"))

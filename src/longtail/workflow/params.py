@@ -37,7 +37,7 @@ class Plan(Block):
     trained: list[Name] | None = None  # DVC cannot choose from a list: where not all methods are trained, by kind
     refit: list[Name] = []
     fuse: list[Name] = []
-    readings: bool = False  # compare all readings of energy aligning, too
+    readings: bool = False  # try all settings of energy aligning, too
     align: Align | None = None  # in place of the block `align`
     published: dict[Name, Name] = {}  # data set: that whose published values stand beside it, where it is another cut
     seeds: list[Seed] = Field(min_length=1)
