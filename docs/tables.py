@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 START, END = "<!-- results: made by docs/tables.py -->\n", "<!-- end of results -->\n"
 COLUMNS = ("Method", "Correction", "Seeds", "All", "Many", "Medium", "Few", "NLL", "ECE")
-CORRECTIONS = ("none", "logit adjustment", "aligned on held-out")  # the others are in the table itself
+CORRECTIONS = ("none", "logit adjustment", "aligned on train")  # the others are in the table itself
 
 
 def shortened(table: str) -> str:
@@ -31,8 +31,23 @@ def method_and_recipe(table: str) -> str:
     return table.split("### Method and recipe\n\n")[1].split("\n###")[0].rstrip("\n") + "\n"
 
 
+def by_correction(table: str) -> str:
+    """Accuracy of each method (rows) after each correction (columns) out of the first Markdown table in `table`."""
+    first = table[table.index("\n|") + 1 :].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in first.splitlines()]
+    method, correction, accuracy = (rows[0].index(column) for column in ("Method", "Correction", "All"))
+    found: dict[str, dict[str, str]] = {}
+    for row in rows[2:]:
+        found.setdefault(row[method], {})[row[correction]] = row[accuracy].strip("*")
+    columns = ("none", "logit adjustment", "aligned on train", "aligned on held-out")
+    lines = [["Trained with", "as it is", *columns[1:]], ["---", *["---:"] * len(columns)]]
+    lines += [[name, *(values[column] for column in columns)] for name, values in found.items()]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 COPIES: dict[str, tuple[str, Callable[[str], str]]] = {
     "README.md": ("results/quick/table.md", shortened),
+    "docs/posthoc.md": ("results/posthoc-digits/table.md", by_correction),
     "docs/methods.md": ("results/methods/table.md", method_and_recipe),
 }
 

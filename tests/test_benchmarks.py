@@ -145,7 +145,7 @@ def test_recipe_time_says_what_it_does_not_know(recipe_time, capsys):
 def test_posthoc(tmp_path, monkeypatch):
     run(monkeypatch, "posthoc", "--quick", "--results", str(tmp_path))
     rows = [line for line in (tmp_path / "posthoc.md").read_text().splitlines() if line.startswith("| ")]
-    assert len(rows) == 2 + 6 and "EnergyAligning(reading='own_samples')" in rows[3]
+    assert len(rows) == 2 + 7 and "EnergyAligning(reading='own_samples')" in rows[3] and "EnergyAligning()" in rows[6]
 
 
 def test_seconds(tmp_path, monkeypatch):

@@ -122,16 +122,15 @@ def seeds_text(table: Sequence[Row]) -> str:
 
 
 def aligned_text(table: Sequence[Row], raw: Sequence[Row]) -> list[str]:
-    """What alignment changes, on held-out images where they exist."""
-    kinds = [key for key in ALIGNED if any(row.correction == key for row in table)]
-    if not kinds:
-        return []
+    """What aligning changes."""
     before = {row.method: row.accuracy for row in raw}
-    aligned = [row for row in table if row.correction == kinds[0]]
+    aligned = [row for row in table if row.correction == ALIGNED]
+    if not aligned:
+        return []
     gains = [row.accuracy - before[row.method] for row in aligned]
     best = max(aligned, key=lambda row: row.accuracy)
     return [
-        f"Logits {CORRECTIONS[kinds[0]]} change accuracy by {points(min(gains))} to {points(max(gains))} "
+        f"Logits {CORRECTIONS[ALIGNED]} change accuracy by {points(min(gains))} to {points(max(gains))} "
         f"points; the highest is then {method_name(best.method)}, {percent(best)}."
     ]
 

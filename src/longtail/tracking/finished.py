@@ -44,8 +44,8 @@ MEASURES = {  # MLflow draws a section for what is before a slash, by the alphab
 }
 AFTER_ALIGNING = ("accuracy", "many", "medium", "few", "nll", "ece")  # more would hide the others in MLflow's table
 ALIGNED = (
-    ("aligned_on_held_out", "aligned held-out"),
     ("aligned_on_train", "aligned train"),
+    ("aligned_on_held_out", "aligned held-out"),
 )  # the first there is
 RELATIVES = {  # accuracy alone; the name says what has to be held against it
     "logit_adjusted": "logit adjustment",
