@@ -244,8 +244,9 @@ def test_a_run_shows_its_cell(root: Path) -> None:
     assert "accuracy/medium" not in metrics  # no class is medium
     assert metrics["aligned held-out/accuracy"] == 0.77
     assert metrics["worst class"] == 0.5 and metrics["balanced error"] == 0.25
-    assert "aligned held-out/balanced error" not in metrics
-    assert not [name for name in metrics if name.startswith("aligned train")]  # held-out is what counts
+    assert metrics["aligned train/accuracy"] == 0.76 and metrics["aligned train/few"] == 0.25
+    assert "aligned train/balanced error" not in metrics
+    assert [name for name in metrics if name.startswith("aligned held-out")] == ["aligned held-out/accuracy"]
     assert metrics["best epoch/epoch"] == 3
     assert metrics["curve/loss"] == 0.5
     assert steps(root, run, "curve/held_out_accuracy") == [1, 2, 3, 4]

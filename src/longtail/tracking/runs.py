@@ -305,11 +305,7 @@ def _upload(store: Store, root: Path, plan: str, parent: "Run") -> list[str]:
 def _note(result: Result) -> str:
     """What the run's page says first."""
     lines = [f"raw {result.metrics['accuracy/all']:.2%}"]
-    lines += [
-        f"{name} {result.metrics[f'{name}/accuracy']:.2%}"
-        for _, name in ALIGNED
-        if f"{name}/accuracy" in result.metrics
-    ]
+    lines.append(f"{ALIGNED[1]} {result.metrics[f'{ALIGNED[1]}/accuracy']:.2%}")
     address = result.cell.address("evaluate")
     return (
         f"Test accuracy at epoch {result.last_epoch}: {', '.join(lines)}.\n\n"
