@@ -86,7 +86,7 @@ def test_every_cell_of_every_plan_has_its_stages_and_there_are_no_others(stages)
         *(f"stages/dvc.yaml:download@{source}" for source in PARAMS["sources"]),
         *(f"stages/dvc.yaml:subsample@{dataset}" for dataset in PARAMS["datasets"]),
         *(f"stages/{plan}/dvc.yaml:report-{plan}" for plan in plans),
-        "stages/posthoc/dvc.yaml:readings-posthoc",
+        *(f"stages/{plan}/dvc.yaml:readings-{plan}" for plan, block in plans.items() if block.get("readings")),
         *(
             address
             for plan, block in plans.items()
@@ -502,26 +502,34 @@ def test_a_report_that_failed_is_a_failure(asked, capsys, monkeypatch):
     assert end.value.code == 1
 
 
+LONG = "cifar100_ldam_if100_held_out-ldam-ce-1"  # the one cell of posthoc-long
+
+
 def test_a_plan_with_readings_compares_its_cells_and_reads_them(asked, capsys, monkeypatch):
-    name = "cifar100_ldam_if100_held_out-fast-ce-1"
-    addresses = cli.stages(PARAMS, Cell.parse("posthoc", name))
+    addresses = cli.stages(PARAMS, Cell.parse("posthoc-long", LONG))
     kinds = [address.rpartition(":")[2].partition("-")[0] for address in addresses]
     assert kinds == ["train", "predict", "align", "evaluate", "compare"]
     assert not any("compare" in address for address in cli.stages(PARAMS, Cell.parse("quick", CE)))
-    assert cli.run("posthoc", "*", 1) == 0
-    assert made(asked) == ["readings-posthoc", "report-posthoc"]
-    monkeypatch.setattr(FakeJob, "fails", ("readings-posthoc",))
-    assert cli.run("posthoc", "*", 1) == 1
+    assert cli.run("posthoc-long", "*", 1) == 0
+    assert made(asked) == ["readings-posthoc-long", "report-posthoc-long"]
+    monkeypatch.setattr(FakeJob, "fails", ("readings-posthoc-long",))
+    assert cli.run("posthoc-long", "*", 1) == 1
     said = capsys.readouterr()
-    assert "failed: the readings" in said.err and "table: results/posthoc/table.md" in said.out
+    assert "failed: the readings" in said.err and "table: results/posthoc-long/table.md" in said.out
 
 
-def test_readings_wait_for_the_last_cell(asked, capsys, monkeypatch):
-    plans = {**PARAMS["plans"], "posthoc": {**PARAMS["plans"]["posthoc"], "seeds": [1, 2, 99]}}
-    monkeypatch.setattr(cli.schema, "load", lambda: PARAMS | {"plans": plans})
-    assert cli.run("posthoc", "*-1", 1) == 0
-    assert made(asked) == ["report-posthoc"]
-    assert "readings: not yet, 3 of 9 cells are still to come" in capsys.readouterr().out
+def test_readings_are_of_the_cells_that_have_run(asked, capsys, monkeypatch):
+    block = PARAMS["plans"]["posthoc-long"]
+    for seeds, readings, said in (
+        ([1, 99], ["readings-posthoc-long"], "readings: of 1 of 2 cells; the others are still to come"),
+        ([98, 99], [], "readings: of 0 of 2 cells"),
+    ):
+        asked.clear()
+        plans = {**PARAMS["plans"], "posthoc-long": {**block, "seeds": seeds}}
+        monkeypatch.setattr(cli.schema, "load", lambda plans=plans: PARAMS | {"plans": plans})
+        assert cli.run("posthoc-long", "*", 1) == 0
+        assert made(asked) == [*readings, "report-posthoc-long"]
+        assert said in capsys.readouterr().out
 
 
 def test_a_plan_without_stages_is_named(monkeypatch):

@@ -100,7 +100,7 @@ def run_with(jobs: list[Job], params: dict[str, Any], plan: str, chosen: list[Ce
 
 
 def sum_up(job: Job, plan: str, axes: dict[str, Any]) -> int:
-    """Make a plan's readings, where it has them and all its cells have run, and its report; returns how many failed.
+    """Make a plan's readings, where it has them and a cell has run, and its report; returns how many failed.
 
     What is made is printed, and what failed or is still to come is said. Cells that were not chosen stay as they are.
     """
@@ -109,8 +109,8 @@ def sum_up(job: Job, plan: str, axes: dict[str, Any]) -> int:
         cells = of_plan(plan, axes)
         absent = sum(not Path(cell.results, "corrections.csv").is_file() for cell in cells)
         if absent:
-            print(f"readings: not yet, {absent} of {len(cells)} cells are still to come")
-        else:
+            print(f"readings: of {len(cells) - absent} of {len(cells)} cells; the others are still to come")
+        if absent < len(cells):
             made = {"readings": f"readings: results/{plan}/readings.md", **made}
     failed = 0
     for stage, text in made.items():
