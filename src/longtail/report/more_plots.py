@@ -22,7 +22,7 @@ def energies(cells: Mapping[str, Sequence[Mapping[str, str]]]) -> bytes:
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)  # type: ignore[arg-type]  # its names are a Literal
-        canvas = Canvas(figsize=(3.0 * len(readings), 2.6 * len(cells) + 0.5), layout="constrained")
+        canvas = Canvas(figsize=(max(3.0 * len(readings), 7.5), 2.6 * len(cells) + 0.7), layout="constrained")
         panels = canvas.subplots(len(cells), len(readings), squeeze=False, sharex=True, sharey="row")
         for axes_, (method, rows) in zip(panels, cells.items(), strict=True):
             for axis, reading in zip(axes_, readings, strict=True):
@@ -41,7 +41,7 @@ def energies(cells: Mapping[str, Sequence[Mapping[str, str]]]) -> bytes:
             axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")  # mathtext is off
             axis.xaxis.set_minor_formatter("")
         handles, labels = panels[0][0].get_legend_handles_labels()
-        canvas.legend(handles, labels, loc="outside lower center", ncols=len(logits), frameon=False)
+        canvas.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
         drawn = io.BytesIO()
         canvas.savefig(drawn, format="png", dpi=1.5 * PIXELS, metadata={"Software": None})
     return drawn.getvalue()
