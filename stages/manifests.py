@@ -5,5 +5,6 @@ from pathlib import Path
 from longtail.workflow import files, manifest, stage
 
 with stage.run("out") as (args, params):
-    for name, text in manifest.texts(Path.cwd(), params).items():
+    named = params | {"incremental": {"trainings": params["incremental.trainings"]}}
+    for name, text in manifest.texts(Path.cwd(), named).items():
         files.write_text(f"{args.out}/{name}.txt", text)

@@ -5,13 +5,14 @@ import fnmatch
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from queue import Queue
 from typing import Any
 
-from longtail.workflow import files, pipeline
+from longtail.workflow import chains, files, pipeline
 from longtail.workflow import params as schema
 from longtail.workflow.cells import Cell, of_plan
 from longtail.workflow.jobs import Job
@@ -29,14 +30,23 @@ def repro(*args: str, env: dict[str, str] | None = None) -> int:
     return dvc("--wait-for-lock", "repro", *args, env=env)
 
 
-def stages(params: dict[str, Any], cell: Cell) -> list[str]:
+def stages(params: dict[str, Any], cell: Cell | chains.Cell) -> list[str]:
     """A cell's stages as DVC addresses them, in their order; which is the first depends on what its method is.
 
-    The last is `evaluate`, or `compare` in a plan with readings.
+    The last is `evaluate`, or `compare` in a plan with readings; `readout` of a chain of trainings.
     """
+    if isinstance(cell, chains.Cell):
+        return [cell.address(stage) for stage in chains.STAGES]
     first = MAKERS[schema.kind(cell.method, params["methods"][cell.method])[0]]
     names = [first, *STAGES[1:], *(["compare"] if params["plans"][cell.plan].get("readings") else [])]
     return [cell.address(stage) for stage in names]
+
+
+def cells_of(plan: str, params: dict[str, Any]) -> Sequence[Cell | chains.Cell]:
+    """The cells of a plan of either kind, in its order."""
+    if plan in chains.plans(params):
+        return chains.of_plan(plan, chains.plans(params)[plan])
+    return of_plan(plan, params["plans"][plan])
 
 
 def run(plan: str, only: str, jobs: int) -> int:
@@ -46,12 +56,12 @@ def run(plan: str, only: str, jobs: int) -> int:
     (cuda:0,cuda:1) are shared by the jobs.
     """
     params = schema.load()
-    plans = params["plans"]
+    plans = params["plans"] | chains.plans(params)
     if plan not in plans:
         raise ValueError(f"plan {plan!r} is not in params.yaml; there are {', '.join(plans)}")
     if not Path(pipeline.file(plan)).exists():
         raise ValueError(f"plan {plan!r} has no {pipeline.file(plan)}; `longtail plan {plan}` writes it")
-    cells = of_plan(plan, plans[plan])
+    cells = cells_of(plan, params)
     chosen = [cell for cell in cells if fnmatch.fnmatchcase(cell.name, only)]
     if not chosen:
         raise ValueError(f"--only {only!r} matches none of {', '.join(cell.name for cell in cells)}")
@@ -68,7 +78,9 @@ def run(plan: str, only: str, jobs: int) -> int:
             job.close()
 
 
-def run_with(jobs: list[Job], params: dict[str, Any], plan: str, chosen: list[Cell], first: list[str]) -> int:
+def run_with(
+    jobs: list[Job], params: dict[str, Any], plan: str, chosen: Sequence[Cell | chains.Cell], first: list[str]
+) -> int:
     """The cells `chosen` and the report, with these jobs, after the stages `first`; the number of cells that failed."""
     # where they are there, they are left alone: another `longtail run` may be training on them, and then DVC refuses
     if not jobs[0].unchanged(first) and repro("-q", *first):
@@ -78,7 +90,7 @@ def run_with(jobs: list[Job], params: dict[str, Any], plan: str, chosen: list[Ce
     for job in jobs:
         free.put(job)
 
-    def run_cell(cell: Cell) -> bool:
+    def run_cell(cell: Cell | chains.Cell) -> bool:
         job = free.get()
         try:
             return job.run(steps[cell])
@@ -92,11 +104,11 @@ def run_with(jobs: list[Job], params: dict[str, Any], plan: str, chosen: list[Ce
         for wave in (trained, [cell for cell in chosen if cell not in trained]):
             failed += [cell for cell, ok in zip(wave, list(pool.map(run_cell, wave)), strict=True) if not ok]
     for cell in failed:
-        again = f"dvc repro {' '.join(steps[cell][3:])}"
+        again = f"dvc repro {' '.join(steps[cell][3:] or steps[cell][-1:])}"
         print(f"failed: {cell.name} (the stage's message is above; `{again}` shows DVC's own as well)", file=sys.stderr)
     if len(failed) == len(chosen):
         return len(failed)
-    return len(failed) + sum_up(jobs[0], plan, params["plans"][plan])
+    return len(failed) + sum_up(jobs[0], plan, params["plans"].get(plan, {}))
 
 
 def sum_up(job: Job, plan: str, axes: dict[str, Any]) -> int:
@@ -133,7 +145,7 @@ def arguments() -> argparse.ArgumentParser:
     one = commands.add_parser("run", help="run a plan's cells side by side, then its readings and report")
     one.add_argument("plan", help="a name under `plans` in params.yaml")
     one.add_argument("--jobs", type=int, default=1, help="cells at a time (default 1, with all cores)")
-    one.add_argument("--only", default="*", help="pattern of <dataset>-<recipe>-<method>-<seed>, e.g. '*-gala-0'")
+    one.add_argument("--only", default="*", help="pattern of cells' names, e.g. '*-gala-0'")
     one = commands.add_parser("plan", help="write a plan's pipeline file, stages/<plan>/dvc.yaml")
     one.add_argument("plan", nargs="*", help="plans (default: all in params.yaml)")
     one = commands.add_parser("track", help="mirror the result files into MLflow; twice does nothing more")
@@ -193,7 +205,9 @@ def main() -> None:
             print("params.yaml fits its schema")
         if args.command == "plan":
             params = schema.load()
-            texts = {plan: pipeline.text(plan, params) for plan in args.plan or params["plans"]}
+            texts = {
+                plan: pipeline.text(plan, params) for plan in args.plan or [*params["plans"], *chains.plans(params)]
+            }
             for plan, text in texts.items():
                 files.write_text(pipeline.file(plan), text)
                 print(pipeline.file(plan))
@@ -201,7 +215,7 @@ def main() -> None:
             from longtail.evidence import verify
 
             params = schema.load()
-            chosen = args.plan or verify.with_results(".", params["plans"])
+            chosen = args.plan or verify.with_results(".", [*params["plans"], *chains.plans(params)])
             wrong = verify.verify(".", params, chosen)
             print("\n".join(wrong) or f"as committed: {', '.join(chosen)}")
             sys.exit(1 if wrong else 0)

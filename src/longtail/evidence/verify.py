@@ -16,13 +16,15 @@ from unittest import mock
 
 from longtail import report
 from longtail.evaluation import readings
+from longtail.incremental import report as incremental
 from longtail.report import plots
-from longtail.workflow import manifest, pipeline
+from longtail.workflow import chains, manifest, pipeline
 from longtail.workflow.jobs import parse_once
 from longtail.workflow.locks import MAKERS, STAGES, read_locks
 
 REPORT = ("table.md", "report.html", "summary.json", "curves.csv", "classes.csv")
 READINGS = ("readings.md", "readings.csv")
+INCREMENTAL = "data/published_incremental.csv"
 PUBLISHED, TIMES = "data/published.csv", "benchmarks/results/time_to_accuracy.csv"
 PICTURE = re.compile(rb"data:image/png;base64,[A-Za-z0-9+/=]*")  # other processors may draw a pixel otherwise
 ABSENT = ("deleted", "not in cache")  # DVC's words
@@ -36,7 +38,7 @@ def verify(root: str | Path, params: Mapping[str, Any], chosen: Sequence[str]) -
 
     Raises ValueError for a plan that it does not have.
     """
-    root, plans = Path(root), params["plans"]
+    root, plans = Path(root), params["plans"] | chains.plans(params)
     for plan in chosen:
         if plan not in plans:
             raise ValueError(f"plan {plan!r} is not in params.yaml; there are {', '.join(plans)}")
@@ -57,6 +59,12 @@ def targets(root: Path, plans: Mapping[str, Any]) -> list[str]:
     lock = read_locks(root)
     names: list[str] = []
     for plan, axes in plans.items():
+        if "protocols" in axes:
+            for chain in chains.of_plan(plan, axes):
+                if f"readout-{plan}@{chain.name}" in lock:
+                    names += [f"{stage}-{plan}@{chain.name}" for stage in chains.STAGES]
+            names.append(f"report-{plan}")
+            continue
         for dataset in axes["datasets"]:
             for recipe in axes["recipes"]:
                 for method in axes["methods"]:
@@ -132,11 +140,15 @@ def differing(root: Path, plan_name: str, plan: Mapping[str, Any]) -> list[str]:
     """The files of results/<plan> that do not come out again from its cells; pictures are not compared."""
     results = root / "results" / plan_name
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(plots, "picture", _not_drawn):
-        report.write(
-            plan_name, plan, cells_dir=results / "cells", published=root / PUBLISHED, times=root / TIMES,
-            out_dir=folder,
-        )  # fmt: skip
-        names = [*REPORT]
+        cells, names = results / "cells", [*REPORT]
+        if "protocols" in plan:
+            known = root / INCREMENTAL
+            incremental.write(plan_name, plan, cells_dir=cells, published=known, out_dir=folder)
+            names.remove("classes.csv")
+        else:
+            report.write(
+                plan_name, plan, cells_dir=cells, published=root / PUBLISHED, times=root / TIMES, out_dir=folder
+            )
         if (results / READINGS[0]).exists():
             readings.write(plan, cells_dir=str(results / "cells"), out_dir=folder)
             names += READINGS

@@ -24,6 +24,7 @@ from longtail.posthoc.corrections import (
     VectorScaling,
 )
 from longtail.posthoc.energy import READINGS, WEIGHTS, EnergyAligning, free_energy, sample_weights
+from longtail.posthoc.growing import BiasLayer, NearestMean, WeightAligning
 from longtail.posthoc.inputs import as_labels, check, check_labels, slices
 
 __all__ = [
@@ -31,15 +32,18 @@ __all__ = [
     "READINGS",
     "WEIGHTS",
     "Affine",
+    "BiasLayer",
     "BlackBoxShift",
     "Correction",
     "EnergyAligning",
     "ExpectationMaximization",
     "KnownPrior",
     "LogitAdjustment",
+    "NearestMean",
     "PredictionRebalancing",
     "TemperatureScaling",
     "VectorScaling",
+    "WeightAligning",
     "as_labels",
     "check",
     "check_labels",

@@ -44,8 +44,8 @@ class Start:
 def starts(root: Path, params: Mapping[str, Any]) -> dict[str, Start]:
     """{manifest: its start}.
 
-    `train-<method>` for each method with a loss, `refit-<method>` for each that refits a head, `download-<source>`,
-    and `<script>` for every other script of stages/.
+    `train-<method>` for each method with a loss, `incremental_train-<training>` for each training of chains,
+    `refit-<method>` for each that refits a head, `download-<source>`, and `<script>` for every other script of stages/.
     """
     found = {}
     for script in sorted((root / "stages").glob("*.py")):
@@ -60,6 +60,9 @@ def starts(root: Path, params: Mapping[str, Any]) -> dict[str, Start]:
                 export = _export(root, folder, block.get(key, method))
                 if export:
                     found[f"{script.stem}-{method}"] = Start(script, export)
+        elif script.stem == "incremental_train":
+            for name, block in params.get("incremental", {}).get("trainings", {}).items():
+                found[f"{script.stem}-{name}"] = Start(script, _export(root, "losses", block["loss"]))
         else:
             found[script.stem] = Start(script)
     return found

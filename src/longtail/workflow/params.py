@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
-from longtail.workflow import ranges
+from longtail.workflow import incremental, ranges
 from longtail.workflow.ranges import Count, Fraction, Name, NotNegative, Numbers, Positive, Seed
 
 LIBRARY = Path(__file__).parents[1]
@@ -240,6 +240,7 @@ class Fisher(Block):
 
 
 SECTIONS = ("plans", "sources", "datasets", "recipes", "methods", "align", "evaluate", "fisher")
+OPTIONAL = ("incremental",)
 
 
 def signature_block(file: Path, function: str) -> type[Block]:
@@ -298,7 +299,7 @@ def _describe(error: Any, where: str) -> str:
     return f"{key} = {shown if len(shown) <= 80 else shown[:77] + '...'}: {message}"
 
 
-def _validated(model: type[Block], value: Any, where: str, problems: list[str]) -> Any:
+def _validated(model: type[BaseModel], value: Any, where: str, problems: list[str]) -> Any:
     try:
         return model.model_validate(value)
     except ValidationError as error:
@@ -330,8 +331,8 @@ def validate(value: Any, file: str = "params.yaml") -> None:
     problems: list[str] = []
     if not isinstance(value, dict):
         raise ParamsError(f"{file}: expected a mapping with the keys {', '.join(SECTIONS)}")
-    for key in sorted(map(str, value.keys() - set(SECTIONS))):
-        problems.append(f"{key}: unknown key; allowed: {', '.join(SECTIONS)}")
+    for key in sorted(map(str, value.keys() - {*SECTIONS, *OPTIONAL})):
+        problems.append(f"{key}: unknown key; allowed: {', '.join([*SECTIONS, *OPTIONAL])}")
     for key in [section for section in SECTIONS if section not in value]:
         problems.append(f"{key}: missing")
     named: dict[str, type[Block]] = {"plans": Plan, "datasets": Dataset}
@@ -356,8 +357,73 @@ def validate(value: Any, file: str = "params.yaml") -> None:
             settings = {key: item for key, item in block.items() if key != "reader"}
             _check_settings(f"{READERS}/{reader}", "read", settings, f"sources.{name}", problems)
     _check_names(value, problems)
+    if "incremental" in value:
+        _check_incremental(value, problems)
     if problems:
         raise ParamsError("\n".join(f"{file}: {problem}" for problem in problems))
+
+
+class Later(Block):
+    """What the steps after the first have in place of the first one's."""
+
+    epochs: Count
+    optimizer: Optimizer
+    schedule: Schedule
+
+
+class IncrementalRecipe(Block):
+    first: CifarRecipe
+    later: Later | None
+    weight_decay_by_step: bool
+    body: Literal["option_a", "preactivation"]
+    bias: bool
+    new_head: Literal["copied", "fresh"]
+    positive_weights: bool
+
+    @model_validator(mode="after")
+    def _fits(self) -> "IncrementalRecipe":
+        if self.first.weight_average:
+            raise ValueError("first.weight_average must be 0: a step goes on from the network itself")
+        if self.first.network.head == "cosine" and not self.bias:
+            raise ValueError("bias: false is of a linear head; a cosine head has none")
+        if self.later is not None:
+            late = [step for step in self.later.schedule.milestones if step >= self.later.epochs]
+            if self.later.schedule.warmup_epochs > self.later.epochs or late:
+                raise ValueError(f"later.schedule goes on after the last of {self.later.epochs} epochs")
+        return self
+
+
+def _check_incremental(value: dict[str, Any], problems: list[str]) -> None:
+    """The section `incremental`: its blocks, and that every name in them has one."""
+    section = value["incremental"]
+    if not isinstance(section, dict) or set(section) != set(incremental.SECTIONS):
+        problems.append(f"incremental: must be a mapping with the keys {', '.join(incremental.SECTIONS)}")
+        return
+    models: dict[str, type[BaseModel]] = {
+        "plans": incremental.Plan, "orders": incremental.Order, "protocols": incremental.Protocol,
+        "recipes": IncrementalRecipe, "trainings": incremental.Training,
+    }  # fmt: skip
+    for key, model in models.items():
+        for name, block in _section(section, key, problems, "incremental.").items():
+            _validated(model, block, f"incremental.{key}.{name}", problems)
+    if _validated(incremental.Readouts, section["readouts"], "incremental.readouts", problems) is not None:
+        settings = section["readouts"]["energy_aligning"]
+        _validated(Align, settings, "incremental.readouts.energy_aligning", problems)
+    trainings = section["trainings"] if isinstance(section["trainings"], dict) else {}
+    for name, block in trainings.items():
+        if isinstance(block, dict) and block.get("loss") not in ("bce", None):
+            settings = {"loss": block["loss"], **(block.get("arguments") or {})}
+            _check_method(f"{name} (incremental.trainings)", settings, problems)
+    for plan, block in section["plans"].items() if isinstance(section["plans"], dict) else ():
+        if plan in value.get("plans", {}):
+            problems.append(f"incremental.plans.{plan}: there is a plan of this name under plans")
+        for axis in incremental.AXES[:-1]:
+            there = value.get("datasets") if axis == "datasets" else section[axis]
+            names = block.get(axis) if isinstance(block, dict) else None
+            for name in names if isinstance(names, list) else []:
+                if isinstance(there, dict) and isinstance(name, str) and name not in there:
+                    known = ", ".join(map(str, there))
+                    problems.append(f"incremental.plans.{plan}.{axis} = {name!r}: not in {axis}; there are {known}")
 
 
 KINDS = {"loss": ("losses", "Loss.__init__"), "refit": ("heads", "refit")}  # key: folder, function with the settings
@@ -404,11 +470,11 @@ def _check_settings(name: str, function: str, settings: Any, where: str, problem
         _validated(schema, settings, where, problems)
 
 
-def _section(value: dict[str, Any], section: str, problems: list[str]) -> dict[str, Any]:
+def _section(value: dict[str, Any], section: str, problems: list[str], inside: str = "") -> dict[str, Any]:
     """The named blocks of a section that have a usable name."""
     blocks = value.get(section, {})
     if not isinstance(blocks, dict) or (section in value and not blocks):
-        problems.append(f"{section} = {blocks!r}: must be a mapping of name to block")
+        problems.append(f"{inside}{section} = {blocks!r}: must be a mapping of name to block")
         return {}
     pattern = PLAN_NAME if section == "plans" else NAME_PATTERN
     good = {}
@@ -416,7 +482,9 @@ def _section(value: dict[str, Any], section: str, problems: list[str]) -> dict[s
         if isinstance(name, str) and re.match(pattern, name):
             good[name] = block
         else:
-            problems.append(f"{section}.{name}: a name is lower-case letters and digits, parted by '_', not {name!r}")
+            problems.append(
+                f"{inside}{section}.{name}: a name is lower-case letters and digits, parted by '_', not {name!r}"
+            )
     return good
 
 

@@ -22,6 +22,8 @@ CELL_FILES = (
     "right.csv",
 )
 TEMPLATE = "plan.yaml.j2"
+INCREMENTAL = "incremental.yaml.j2"
+INCREMENTAL_FILES = ("summary.json", "steps.csv", "groups.csv", "confusion.csv", "energies.csv", "history.csv")
 
 
 def file(plan: str) -> str:
@@ -52,18 +54,21 @@ def text(plan: str, params: Mapping[str, Any]) -> str:
 
     Raises ValueError for a plan that params.yaml does not have, and for one that cannot have a file.
     """
-    if plan not in params["plans"]:
-        raise ValueError(f"plan {plan!r} is not in params.yaml; there are {', '.join(params['plans'])}")
+    incremental = params.get("incremental", {}).get("plans", {})
+    if plan not in params["plans"] and plan not in incremental:
+        raise ValueError(
+            f"plan {plan!r} is not in params.yaml; there are {', '.join([*params['plans'], *incremental])}"
+        )
     if file(plan).startswith(f"{FOLDER}/"):
         raise ValueError(f"plan {plan!r}: {FOLDER} is the folder of the manifests; give the plan another name")
+    if plan in incremental:
+        return _render(INCREMENTAL, plan=plan, cell_files=sorted(INCREMENTAL_FILES))
     block = params["plans"][plan]
     fused = block.get("fuse", [])
     if len(fused) > 1:  # a matrix cannot give each its own number of networks
         raise ValueError(f"plans.{plan}.fuse = {fused}: one method at most; another plan takes the next")
-    environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
-    return environment.from_string(Path(__file__).with_name(TEMPLATE).read_text()).render(
+    return _render(
+        TEMPLATE,
         plan=plan,
         refitted=bool(block.get("refit")),
         fused="".join(fused),
@@ -72,3 +77,10 @@ def text(plan: str, params: Mapping[str, Any]) -> str:
         align=f"plans.{plan}.align" if block.get("align") else "align",
         cell_files=sorted(CELL_FILES),
     )
+
+
+def _render(template: str, **values: Any) -> str:
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    return environment.from_string(Path(__file__).with_name(template).read_text()).render(**values)
