@@ -39,10 +39,12 @@ STEPS = (
     "evaluate",
     "compare",
     "readings",
+    "readout",
     "fisher",
     "report",
     "quick",
 )
+BLOCK = re.compile(r"incremental\.(recipes|trainings|protocols|orders)\.\w+")  # all its lines touch the same stages
 HEAD = """# What re-runs when a line of params.yaml changes
 
 Made by `python docs/params_table.py`, which changes each line in a copy and asks DVC; tests/test_pipeline.py checks it.
@@ -55,8 +57,8 @@ from either but for another loss or reader. 'Follows' holds where an out really 
 
 
 def leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of nested mappings; an empty block and a list are leaves."""
-    if isinstance(values, dict) and values:
+    """Dotted keys and values of nested mappings; an empty block, a list and a BLOCK are leaves."""
+    if isinstance(values, dict) and values and not BLOCK.fullmatch(prefix):
         for key, value in values.items():
             yield from leaves(value, f"{prefix}.{key}".strip("."))
     else:
@@ -72,8 +74,9 @@ def value_at(values: Any, key: str, separator: str) -> Any:
 
 def other(key: str, value: Any, values: dict[str, Any]) -> Any:
     """Another value than `value`: DVC does not ask whether it is allowed, but a plan's names must exist."""
-    if key.startswith("plans.") and isinstance(value, list):
+    if key.startswith(("plans.", "incremental.plans.")) and isinstance(value, list):
         axis = key.split(".")[-1]
+        values = values | values["incremental"] if key.startswith("incremental.") else values
         names = values.get("methods" if axis in ("trained", "refit", "fuse") else axis, [])
         more = [name for name in names if name not in value] if names else [max(value) + 1]
         return [*value, more[0]] if more else value[:-1]
@@ -151,6 +154,8 @@ class Pipeline:
         pipeline = (self.folder / "stages/dvc.yaml").read_text()
         if section == "plans":
             read = f"${{plans.{words[1]}."
+        elif key.startswith("incremental.plans."):
+            read = f"${{incremental.plans.{words[2]}."
         elif section in ("sources", "datasets") and f"${{item.{last}}}" in pipeline:
             read = f"${{{section}}}"
         elif section == "methods" and last == "fuse":
@@ -189,7 +194,7 @@ def summarized(names: set[str], everything: set[str]) -> str:
             axes = [
                 "*" if {c.split("-")[i] for c in every} <= {c.split("-")[i] for c in items} and len(every) > 1
                 else "\\|".join(sorted({c.split("-")[i] for c in items}))
-                for i in range(4)
+                for i in range(len(every[0].split("-")))
             ]  # fmt: skip
             pattern = re.sub(r"^\*(-\*)+$", "*", "-".join(axes))
             shown.append(f"`{group}@{pattern}` ({len(items)})")
