@@ -1,5 +1,6 @@
 """Class-incremental learning: protocol, memory, objectives, chains that are killed, read-outs, measures."""
 
+import hashlib
 import json
 import os
 import signal
@@ -20,7 +21,19 @@ from hypothesis import strategies as st
 from scipy.special import softmax
 
 from longtail import losses, posthoc
-from longtail.incremental import data, measures, memory, networks, objective, protocol, readouts, report, teaching
+from longtail.incremental import (
+    data,
+    measures,
+    memory,
+    networks,
+    objective,
+    protocol,
+    readouts,
+    report,
+    teaching,
+    tracking,
+)  # fmt: skip
+from longtail.tracking.runs import open_store
 from longtail.workflow import chains, declaration, files, params
 
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -525,27 +538,29 @@ def test_intervals_are_over_images_and_seeds():
     assert (high - low) / 2 == pytest.approx(12.706 * 0.01, rel=1e-3) and mean == pytest.approx(0.04)
 
 
-def test_a_report_of_a_chain_says_what_it_rests_on(chain, tmp_path):
+PLAN = {"datasets": ["d"], "orders": ["o"], "protocols": ["p"], "recipes": ["r"], "trainings": ["t"], "seeds": [0, 1]}
+
+
+def results(chain, root):
+    """The result files of the small chain, as the first cell of PLAN."""
     found = measures.measure(str(chain / "out/predictions.npz"), SETTINGS)
-    plan = {
-        "datasets": ["d"],
-        "orders": ["o"],
-        "protocols": ["p"],
-        "recipes": ["r"],
-        "trainings": ["t"],
-        "seeds": [0, 1],
-    }
-    cell = chains.Cell("x", "d", "o", "p", "r", "t", "0")
-    folder = tmp_path / "cells" / cell.path
+    folder = root / chains.Cell("x", "d", "o", "p", "r", "t", "0").results
     files.write_json(folder / "summary.json", found.summary)
-    for name, columns in (("steps", measures.STEPS), ("groups", measures.GROUPS), ("energies", measures.ENERGIES)):
-        files.write_csv(folder / f"{name}.csv", getattr(found, name), columns)
+    for name in ("steps", "groups", "confusion", "energies"):
+        files.write_csv(folder / f"{name}.csv", getattr(found, name), getattr(measures, name.upper()))
+    files.write_text(folder / "history.csv", (chain / "out/history.csv").read_text())
+    return found
+
+
+def test_a_report_of_a_chain_says_what_it_rests_on(chain, tmp_path):
+    found = results(chain, tmp_path)
+    cells = tmp_path / "results/x/cells"
     published = files.write_text(
         tmp_path / "published.csv",
         "dataset,protocols,method,classifier,average,last,network,memory,order,source\n"
         "d,p q,WA,CNN,0.5,,ResNet-32,20,o,somewhere\nd,q,no,CNN,0.9,,N,1,o,elsewhere\n",
     )
-    report.write("x", plan, cells_dir=tmp_path / "cells", published=published, out_dir=tmp_path / "out")
+    report.write("x", PLAN, cells_dir=cells, published=published, out_dir=tmp_path / "out")
     text = (tmp_path / "out/table.md").read_text()
     assert protocol.order_hash(np.array(small_chain.ORDER["listed"])) in text
     assert "24 of 24, 24 of 24, 24 of 24" in text and "| WA | CNN | 50.0 | - |" in text and "elsewhere" not in text
@@ -555,7 +570,45 @@ def test_a_report_of_a_chain_says_what_it_rests_on(chain, tmp_path):
     page = (tmp_path / "out/report.html").read_text()
     assert page.count("<img") == 3 and 'alt="t: ' in page
     with pytest.raises(ValueError, match="none of the plan's 2 cells has run"):
-        report.write("x", plan, cells_dir=tmp_path / "no", published=published, out_dir=tmp_path / "out")
+        report.write("x", PLAN, cells_dir=tmp_path / "no", published=published, out_dir=tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_mlflow_has_a_run_for_each_chain_and_read_out_once(chain, tmp_path, monkeypatch):
+    found = results(chain, tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    cell = chains.Cell("x", "d", "o", "p", "r", "t", "0")
+    outs = [{"path": f"{cell.results}/{name}"} for name in ("summary.json", "steps.csv", "history.csv")]
+
+    def lock():
+        for out in outs:
+            out["md5"] = hashlib.md5((tmp_path / out["path"]).read_bytes()).hexdigest()
+        entry = {"cmd": "python", "params": {"params.yaml": {"incremental.trainings.t": {"loss": "ce"}}}}
+        stages = {f"{stage}-x@{cell.name}": dict(entry) for stage in chains.STAGES}
+        stages[f"readout-x@{cell.name}"]["outs"] = outs
+        files.write_text(tmp_path / "stages/x/dvc.lock", yaml.safe_dump({"schema": "2.0", "stages": stages}))
+
+    lock()
+    assert tracking.sync(tmp_path, {"x": PLAN})[0] == {"created": 1, "unchanged": 0, "superseded": 0}
+    assert tracking.sync(tmp_path, {"x": PLAN})[0] == {"created": 0, "unchanged": 1, "superseded": 0}
+    with open_store(tmp_path) as store:
+        runs = store.runs()
+        (parent,) = [run for run in runs if run.data.tags["longtail.kind"] == "chain"]
+        nested = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+        assert {run.data.tags["longtail.readout"] for run in nested} == set(found.summary["readouts"])
+        assert parent.data.params["trainings.loss"] == "ce"
+        (raw,) = [run for run in nested if run.data.tags["longtail.readout"] == "none"]
+        points = store.client.get_metric_history(raw.info.run_id, "accuracy/all")
+        shown = {point.step: pytest.approx(point.value, abs=1e-6) for point in points}
+        assert shown == {row["step"]: row["accuracy"] for row in found.steps if row["readout"] == "none"}
+        assert raw.data.metrics["over steps/last"] == pytest.approx(found.summary["readouts"]["none"]["last"], abs=1e-6)
+    summary = files.read_json(tmp_path / outs[0]["path"])
+    files.write_json(tmp_path / outs[0]["path"], summary | {"again": 1})
+    counts, notes = tracking.sync(tmp_path, {"x": PLAN})
+    assert not any(counts.values()) and "summary.json is not the one in the lock" in notes[0]
+    lock()
+    assert tracking.sync(tmp_path, {"x": PLAN})[0]["created"] == 1
+    assert tracking.sync(tmp_path, {"x": PLAN})[0] == {"created": 0, "unchanged": 1, "superseded": 0}
 
 
 # --- the pipeline -----------------------------------------------------------------------------------------------------

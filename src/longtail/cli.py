@@ -230,7 +230,14 @@ def main() -> None:
         if args.command == "track":
             from longtail.tracking import runs
 
-            runs.track(Path.cwd(), args.plan or None)
+            with_chains = chains.plans(schema.load())
+            others = [plan for plan in args.plan if plan not in with_chains]
+            if others or not args.plan:
+                runs.track(Path.cwd(), others or None)
+            if chosen := {plan: axes for plan, axes in with_chains.items() if plan in (args.plan or with_chains)}:
+                from longtail.incremental import tracking
+
+                tracking.track(Path.cwd(), chosen)
         if args.command in ("export", "register"):
             from longtail.tracking import export, runs
 
