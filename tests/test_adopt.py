@@ -11,7 +11,7 @@ from conftest import ROOT
 
 from longtail.evidence import adopt, probe
 from longtail.training import provenance
-from longtail.workflow import files, locks
+from longtail.workflow import chains, files, locks
 from longtail.workflow.cells import Cell
 
 CE = "digits_if20-digits-ce-0"
@@ -134,6 +134,19 @@ def test_a_shortened_recipe_has_all_changes_in_their_order(name):
 
     assert order(short) == order(recipe)
     assert short["optimizer"] == recipe["optimizer"] and short["network"] == recipe["network"]
+
+
+def test_a_chain_of_trainings_is_looked_at_with_short_recipes_of_its_own_classes():
+    cell = adopt.cell_of("readout-incremental-quick@d-o-p-r-t-0")
+    assert isinstance(cell, chains.Cell) and (cell.plan, cell.training) == ("incremental-quick", "t")
+    assert adopt.cell_of("train-quick@digits_if20-digits-ce-0") == Cell("quick", *CE.split("-"))
+    assert adopt.cell_of("report-incremental-quick") is None
+    recipes = yaml.safe_load((ROOT / "params.yaml").read_text())["incremental"]["recipes"]
+    short = probe.shortened(recipes["survey"])
+    assert short["first"]["epochs"] == short["later"]["epochs"] == 5 and short["body"] == recipes["survey"]["body"]
+    assert short["first"]["schedule"]["milestones"] == [1, 2, 3] == short["later"]["schedule"]["milestones"]
+    assert short["later"]["optimizer"] == recipes["survey"]["later"]["optimizer"]
+    assert probe.shortened(recipes["short"])["later"] is None
 
 
 def test_epochs_of_change():

@@ -225,7 +225,7 @@ def main() -> None:
             params = schema.load()
             if repro("-q", "-s", f"{SHARED}:check", f"{SHARED}:manifests"):
                 raise ValueError(f"the manifests could not be written; `dvc repro {SHARED}:manifests` says why")
-            chosen = args.plan or verify.with_results(".", params["plans"])
+            chosen = args.plan or verify.with_results(".", [*params["plans"], *chains.plans(params)])
             sys.exit(min(1, adopt.adopt(Path.cwd(), params, chosen, args.only, args.steps)))
         if args.command == "track":
             from longtail.tracking import runs

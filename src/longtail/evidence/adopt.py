@@ -25,7 +25,7 @@ from typing import IO, Any
 
 from longtail.evidence import verify
 from longtail.training import provenance
-from longtail.workflow import files, locks, manifest, pipeline
+from longtail.workflow import chains, files, locks, manifest, pipeline
 from longtail.workflow.cells import Cell
 from longtail.workflow.locks import MAKERS, STAGE_NAME, STAGES
 
@@ -45,7 +45,7 @@ class Stale:
         bases: stages of other cells that its own start from, in order.
     """
 
-    cell: Cell
+    cell: Cell | chains.Cell
     stages: dict[str, dict[str, Any]]
     changed: dict[str, tuple[str, str]]
     bases: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -94,23 +94,23 @@ def stale(root: Path, params: Mapping[str, Any], plans: Sequence[str]) -> list[S
 
     Raises ValueError for an unknown plan.
     """
+    known = params["plans"] | chains.plans(params)
     for plan in plans:
-        if plan not in params["plans"]:
-            raise ValueError(f"plan {plan!r} is not in params.yaml; there are {', '.join(params['plans'])}")
+        if plan not in known:
+            raise ValueError(f"plan {plan!r} is not in params.yaml; there are {', '.join(known)}")
     lock = locks.read_locks(root)
     now = {f"{manifest.FOLDER}/{name}.txt": text for name, text in manifest.texts(root, params).items()}
-    names = verify.targets(root, {plan: params["plans"][plan] for plan in plans})
+    names = verify.targets(root, {plan: known[plan] for plan in plans})
     otherwise = {  # moved for another reason than its code: that needs a run, not an adoption
         line.split(":")[0] for line in verify.moved(root, names) if f" {manifest.FOLDER}/" not in line
     }
     made = {out["path"]: name for name, entry in lock.items() for out in entry.get("outs", ())}
-    cells: dict[Cell, Stale] = {}
-    order = {kind: place for place, kind in enumerate((*MAKERS.values(), *STAGES[1:], "compare"))}
+    cells: dict[Cell | chains.Cell, Stale] = {}
+    order = {kind: place for place, kind in enumerate((*MAKERS.values(), *STAGES[1:], "compare", "readout"))}
     for name in sorted(names, key=lambda name: order.get(name.split("-")[0], 0)):
-        match = STAGE_NAME.fullmatch(name)
-        if match is None:
+        cell = cell_of(name)
+        if cell is None:
             continue  # a report: seconds for `dvc repro`
-        cell = Cell(**match.groupdict())
         one = cells.setdefault(cell, Stale(cell, {}, {}))
         one.stages[name] = lock[name]
         for dep in lock[name].get("deps", ()):
@@ -120,6 +120,15 @@ def stale(root: Path, params: Mapping[str, Any], plans: Sequence[str]) -> list[S
             if STAGE_NAME.fullmatch(other) and not other.endswith(f"@{cell.name}"):
                 one.bases[other] = lock[other]
     return [one for one in cells.values() if one.changed and not otherwise & one.stages.keys()]
+
+
+def cell_of(stage: str) -> Cell | chains.Cell | None:
+    """The cell, or the chain of trainings, that a stage of the lock belongs to."""
+    if match := STAGE_NAME.fullmatch(stage):
+        return Cell(**match.groupdict())
+    kind, _, rest = stage.partition("-")
+    plan, _, name = rest.partition("@")
+    return chains.Cell.parse(plan, name) if kind in chains.STAGES and name else None
 
 
 def md5(text: str | bytes) -> str:
@@ -270,7 +279,7 @@ def job(root: Path, one: Stale, steps: int) -> dict[str, Any]:
                     raise ValueError(f"{dep['path']} is not there as {name} read it; `dvc repro {made}` makes it")
     first = next(iter(one.stages))
     training = None
-    if first in one.changed and first.startswith("train-"):
+    if first in one.changed and first.startswith("train-") and isinstance(one.cell, Cell):
         read = locks.keys(one.stages[first])
         training = {
             "data": str(root / "data" / "long_tail" / f"{one.cell.dataset}.npz"),
@@ -297,7 +306,7 @@ def difference(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 def content(path: Path) -> str:
     """The SHA-256 of a file, without the part of it that says only what computed it (`provenance`)."""
-    if path.name == "metrics.json":
+    if path.name in ("metrics.json", "summary.json"):
         measures = {key: value for key, value in files.read_json(path).items() if key != "provenance"}
         return hashlib.sha256(json.dumps(measures, sort_keys=True).encode()).hexdigest()
     if path.suffix != ".npz":

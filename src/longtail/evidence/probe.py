@@ -107,7 +107,16 @@ def small(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def shortened(value: Any) -> Any:
-    """A recipe with few epochs, in which all its changes come in their order, and small batches; the rest as it is."""
+    """A recipe with few epochs, in which all its changes come in their order, and small batches; the rest as it is.
+
+    Of a chain's recipe, that of the first step and that of the later ones.
+    """
+    if isinstance(value, Mapping) and {"first", "later"} <= value.keys():
+        first, later = shortened(value["first"]), value["later"]
+        if later is not None:
+            whole = shortened({**value["first"], **later})
+            later = {key: whole[key] for key in later}
+        return {**value, "first": first, "later": later}
     if not (isinstance(value, Mapping) and {"epochs", "schedule", "resolution"} <= value.keys()):
         return value
     schedule, resolution = value["schedule"], value["resolution"]
