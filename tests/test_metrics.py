@@ -106,6 +106,9 @@ def test_risk_and_coverage_by_hand():
     right = np.array([True, False, True, True])
     # most confident first: right, wrong, right, right
     assert metrics.aurc(np.array([0.9, 0.8, 0.7, 0.6]), right) == pytest.approx((0 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
+    assert metrics.aurc(np.array([0.9, 0.8, 0.7, 0.6]), right.astype(int)) == pytest.approx(
+        (0 + 1 / 2 + 1 / 3 + 1 / 4) / 4
+    )
     # where all are as confident, each share left out has the error of all
     assert metrics.aurc(np.full(4, 0.5), right) == pytest.approx(1 / 4)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from longtail.posthoc import (
     TemperatureScaling,
     VectorScaling,
 )
+from longtail.posthoc.inputs import as_numpy
 
 BOTH = [(reading, weights) for reading in posthoc.READINGS for weights in posthoc.WEIGHTS]
 LABELS = np.arange(24) % 4  # balanced
@@ -61,6 +63,131 @@ def one_of_each(logits, labels) -> list[posthoc.Correction]:
         Affine(2.0, np.arange(classes)),
     ]  # fmt: skip
     return [correction.fit(logits, labels, fitted_on="held-out") for correction in made]
+
+
+# ------------------------------------------------------------------------------------------- classes that are masked
+
+MASKS = (-np.inf, -1e4, -1e9, float(np.finfo(np.float16).min), float(np.finfo(np.float32).min))
+AMONG = np.array([True, True, False, True, True, False])  # of six classes, the third and the last are masked
+
+
+def estimators(open_C) -> list[posthoc.Correction]:
+    """One of each, with settings for each class, of the classes that are open."""
+    rng = np.random.default_rng(1)
+    source, known = case(3)
+    filled = np.full((len(source), len(AMONG)), -1e9)
+    filled[:, AMONG] = source
+    source_CN, known = np.ascontiguousarray(filled[:, open_C]), np.flatnonzero(AMONG[open_C])[known]
+    prior, groups = rng.uniform(1, 2, 6)[open_C], np.array([0, 1, 7, 1, 0, 0])[open_C]
+    return [
+        *(EnergyAligning(*both) for both in BOTH), EnergyAligning("normalized", groups=groups),
+        EnergyAligning(groups=groups),
+        EnergyAligning(reference=int(open_C[:4].sum()) - 1, temperature=2.0, strength=0.5),
+        PredictionRebalancing(), LogitAdjustment(), LogitAdjustment(2.0, prior), KnownPrior(prior),
+        KnownPrior("uniform", prior), ExpectationMaximization(prior), BlackBoxShift(source_CN, known, prior),
+        TemperatureScaling(), VectorScaling(), Affine(2.0, prior), Affine(prior, 0.5),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_masked_class_is_as_if_it_were_not_there_and_its_logits_stay(mask, dtype):
+    logits, labels = case()
+    masked = np.full((len(logits), 6), mask, dtype=dtype)
+    masked[:, AMONG] = logits
+    known = np.flatnonzero(AMONG)[labels]
+    for made, wanted in zip(estimators(np.ones(6, dtype=bool)), estimators(AMONG), strict=True):
+        found = made.fit(masked, known).transform(masked)
+        expected = wanted.fit(logits.astype(dtype), labels).transform(logits.astype(dtype))
+        np.testing.assert_array_equal(found[:, AMONG], expected, err_msg=repr(made))
+        np.testing.assert_array_equal(found[:, ~AMONG], np.full((len(logits), 2), mask, dtype=dtype))
+        np.testing.assert_array_equal(made.shift_[~AMONG], 0)
+        read = posthoc.from_dict(json.loads(json.dumps(made.to_dict())))
+        np.testing.assert_array_equal(read.transform(masked), found)
+        if isinstance(made, EnergyAligning):
+            np.testing.assert_array_equal(made.energy_[AMONG], wanted.energy_)
+            assert np.isnan(made.energy_[~AMONG]).all()
+            np.testing.assert_array_equal(
+                made.energies(masked, known)[AMONG], wanted.energies(logits.astype(dtype), labels)
+            )
+        if hasattr(made, "prior_"):
+            np.testing.assert_array_equal(made.prior_[AMONG], wanted.prior_)
+            np.testing.assert_array_equal(made.prior_[~AMONG], 0)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_class_that_is_masked_in_some_samples_has_no_part_in_these(mask):
+    """As in class-incremental learning with a mask for each task: the others' shifts are those of their softmax."""
+    logits, labels = case()
+    logits += 2 * np.eye(4)[labels]
+    rows = np.flatnonzero(labels != 1)[:20]
+    masked, low = logits.copy(), logits.copy()
+    masked[rows, 1], low[rows, 1] = mask, -5000.0  # exp of that is 0 as well, and no rule applies
+    for made in (EnergyAligning(), EnergyAligning("normalized"), EnergyAligning("own_samples"), LogitAdjustment(),
+                 PredictionRebalancing(), ExpectationMaximization(), TemperatureScaling()):  # fmt: skip
+        a, b = (clone(made).fit(z, labels) for z in (masked, low))
+        np.testing.assert_allclose(a.shift_, b.shift_, rtol=1e-12, atol=1e-12)
+        assert (a.transform(masked)[rows, 1] <= 0.9 * np.max(a.scale_) * mask).all()
+    vector = VectorScaling().fit(masked, labels)
+    assert np.isfinite(vector.scale_).all() and (vector.predict(masked)[rows] != 1).all()
+    if mask < -1e8:
+        with pytest.raises(ValueError, match=r"mean_energy: class 1 .* is masked in row 0: no mean"):
+            EnergyAligning("mean_energy").fit(masked, labels)
+
+
+def test_large_logits_of_every_class_are_no_mask():
+    """Squared distances from class means, say: low everywhere, but none far below the others."""
+    logits, labels = case()
+    for made in (EnergyAligning(), EnergyAligning("mean_energy"), VectorScaling()):
+        a, b = (clone(made).fit(z, labels) for z in (logits, logits - 2e4))
+        assert (a.shift_ != 0).all() and (b.shift_ != 0).all()
+
+
+def test_a_masked_reference_is_refused():
+    logits, labels = case()
+    masked = np.concatenate([logits, np.full((40, 1), -1e9)], axis=1)
+    with pytest.raises(ValueError, match="reference = 4: this class is masked"):
+        EnergyAligning(reference=4).fit(masked, labels)
+
+
+# ----------------------------------------------------------------------------------------------- what warns
+
+
+def test_probabilities_in_place_of_logits_are_warned_of():
+    logits, labels = case()
+    p = softmax(logits, axis=1)
+    for values in (p, p.astype(np.float32), p.astype(np.float16), torch.from_numpy(p).bfloat16()):
+        with pytest.warns(UserWarning, match=r"these are probabilities .*np\.log\(p\)"):
+            LogitAdjustment().fit(values, labels)
+    with pytest.warns(UserWarning, match="these are probabilities"):
+        Affine(1.0, np.arange(4)).fit(logits).transform(p)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fitted = LogitAdjustment().fit(np.log(p), labels)
+        fitted.transform(np.log(p))
+    np.testing.assert_allclose(
+        fitted.transform(np.log(p)).argmax(1), LogitAdjustment().fit(logits, labels).predict(logits)
+    )
+
+
+def test_a_temperature_at_its_bound_is_warned_of():
+    logits, labels = case()
+    with pytest.warns(UserWarning, match=r"T = 2.98e\+03 is a bound of the search: the logits say nothing"):
+        TemperatureScaling().fit(logits, labels)
+    with pytest.warns(UserWarning, match="is a bound of the search: every label has the highest logit"):
+        TemperatureScaling().fit(0.01 * np.eye(4)[labels], labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TemperatureScaling().fit(logits + 2 * np.eye(4)[labels], labels)
+
+
+def test_a_given_prior_needs_no_labels():
+    logits, labels = case()
+    prior = np.bincount(labels)
+    found = LogitAdjustment(prior=prior).fit(logits)
+    np.testing.assert_array_equal(found.shift_, LogitAdjustment().fit(logits, labels).shift_)
+    with pytest.raises(ValueError, match="requires y to be passed"):
+        LogitAdjustment().fit(logits)
 
 
 # ------------------------------------------------------------------------------------------- energy aligning
@@ -479,8 +606,13 @@ def test_what_goes_in_comes_out():
             np.testing.assert_array_equal(tensor.numpy(), found)
             np.testing.assert_array_equal(correction.predict(torch.from_numpy(array)).numpy(), found.argmax(1))
             np.testing.assert_allclose(correction.predict_proba(array).sum(1), 1, rtol=1e-5)
-        half = torch.from_numpy(logits).bfloat16()
-        assert correction.transform(half).dtype == torch.float32
+        for half in (torch.from_numpy(logits).bfloat16(), torch.from_numpy(logits).half()):
+            corrected = correction.transform(half)
+            assert corrected.dtype == half.dtype
+            torch.testing.assert_close(corrected, correction.transform(half.float()).to(half.dtype), rtol=0, atol=0)
+            assert correction.predict(half).dtype == torch.int64 and correction.predict_proba(half).dtype == half.dtype
+        assert correction.transform(logits.astype(np.float16)).dtype == np.float16
+        assert correction.predict_proba(logits.astype(np.float16)).dtype == np.float16
     fitted = clone(EnergyAligning()).fit(torch.from_numpy(logits), torch.from_numpy(labels))
     np.testing.assert_array_equal(fitted.shift_, EnergyAligning().fit(logits, labels).shift_)
 
@@ -493,8 +625,23 @@ def test_in_place():
         assert correction.transform(tensor, out=tensor) is tensor
         np.testing.assert_array_equal(array, wanted)
         np.testing.assert_array_equal(tensor.numpy(), wanted)
-    with pytest.raises(ValueError, match=r"out is float32 \(40, 4\); expected float64 \(40, 4\)"):
-        correction.transform(logits, out=logits.astype(np.float32))
+        for half in (torch.from_numpy(logits).bfloat16(), torch.from_numpy(logits).half(), logits.astype(np.float16)):
+            expected = correction.transform(half)
+            assert correction.transform(half, out=half) is half
+            np.testing.assert_array_equal(as_numpy(half), as_numpy(expected))
+    for values, out, message in (
+        (logits, logits.astype(np.float32), r"out is float32 \(40, 4\); expected float64 \(40, 4\)"),
+        (
+            logits,
+            torch.zeros(40, 4, dtype=torch.double),
+            r"out is tensor float64 \(40, 4\); expected float64 \(40, 4\)",
+        ),
+        (logits, [[0.0] * 4] * 40, r"out is a list; expected float64 \(40, 4\)"),
+        (torch.zeros(40, 4), torch.zeros(40, 4).half(), r"out is tensor float16 \(40, 4\); expected tensor float32"),
+        (logits, np.zeros((40, 3)), r"out is float64 \(40, 3\); expected float64 \(40, 4\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            correction.transform(values, out=out)
 
 
 def test_composed_is_one_after_the_other_and_so_is_a_pipeline():
@@ -568,7 +715,16 @@ def test_scikit_learns_own_checks(estimator, check):
             lambda z, y: (np.where(np.arange(4) == 2, np.nan, z), y),
             "40 logit.*NaN or inf, first at row 0, class 2: nan",
         ),
-        (lambda z, y: (np.where(np.arange(4) == 3, -np.inf, z), y), "first at row 0, class 3: -inf"),
+        (lambda z, y: (np.where(np.arange(4) == 3, np.inf, z), y), "first at row 0, class 3: inf"),
+        (
+            lambda z, y: (np.where(np.arange(40)[:, None] == 7, -np.inf, z), y),
+            "no class that is not masked, first row 7",
+        ),
+        (
+            lambda z, y: (np.where(np.arange(4) == 3, -np.inf, z), y),
+            r"label 3 in row 3 is a class that is masked there",
+        ),
+        (lambda z, y: (np.where(np.arange(4) == 3, -1e9, z), y), r"label 3 in row 3 .* its logit is -1000000000.0"),
         (lambda z, y: (z, y + 1), r"label 4 in row 3; allowed are 0 to 3"),
         (lambda z, y: (z, y - 1), r"label -1 in row 0; allowed are 0 to 3"),
         (lambda z, y: (z, y + 0.5), "labels are float64, not all whole numbers; allowed are 0 to 3"),
@@ -585,7 +741,18 @@ def test_bad_logits_and_labels_are_named(change, message):
     [
         (EnergyAligning("magic"), "reading 'magic'; allowed are all_samples, own_samples"),
         (EnergyAligning(weights="magic"), "weights 'magic'; allowed are balanced, uniform"),
-        (EnergyAligning(temperature=0), "temperature is 0; allowed are numbers above 0"),
+        (EnergyAligning(temperature=0), "temperature = 0; allowed are numbers above 0"),
+        (EnergyAligning(temperature=math.inf), "temperature = inf; allowed are numbers above 0"),
+        (EnergyAligning(strength=math.nan), "strength = nan; allowed are finite numbers"),
+        (LogitAdjustment(tau="abc"), "tau = 'abc'; allowed are finite numbers"),
+        (PredictionRebalancing(tau=None), "tau = None; allowed are finite numbers"),
+        (VectorScaling(l2=-1), "l2 = -1; allowed are numbers from 0 on"),
+        (ExpectationMaximization(max_iter=0), "max_iter = 0; allowed are numbers from 1 on"),
+        (EnergyAligning(reference=1.5), "reference = 1.5; allowed are 'mean' and 0 to 3"),
+        (KnownPrior(test_prior=[1, 2, 3, "many"]), "test_prior = .*; allowed are numbers"),
+        (KnownPrior(test_prior=[[1], [2, 3]]), "test_prior = .*; allowed are numbers"),
+        (Affine(shift="abc"), "shift = 'abc'; allowed are numbers"),
+        (Affine(scale=math.nan), "scale = nan; expected one finite number or 4 of them"),
         (EnergyAligning(reference="median"), "reference = 'median'; allowed are 'mean' and a class"),
         (EnergyAligning(reference=4), "reference = 4; allowed are 'mean' and 0 to 3"),
         (EnergyAligning(groups=[0, 1]), "expected 4 whole numbers"),

@@ -103,7 +103,7 @@ def aurc(confidence_N: np.ndarray, right_N: np.ndarray) -> float:
     """Area under the risk-coverage curve (Geifman & El-Yaniv, NIPS 2017): the mean over k of the error among the k most
     confident samples. Samples of one confidence share their error, so that their order does not matter."""
     _, group_N = np.unique(-confidence_N, return_inverse=True)
-    wrong_G = np.bincount(group_N, weights=~right_N) / np.bincount(group_N)
+    wrong_G = np.bincount(group_N, weights=np.logical_not(right_N)) / np.bincount(group_N)
     wrong_N = wrong_G[np.sort(group_N)]
     return float((np.cumsum(wrong_N) / np.arange(1, len(wrong_N) + 1)).mean())
 

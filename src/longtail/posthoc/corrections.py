@@ -1,6 +1,7 @@
 """The relatives of energy aligning: what the shift is estimated from is what they differ in (docs/posthoc.md)."""
 
-from typing import Any
+import warnings
+from typing import Any, ClassVar
 
 import numpy as np
 from scipy.optimize import minimize, minimize_scalar
@@ -8,7 +9,18 @@ from scipy.special import log_softmax, logsumexp, softmax
 
 from longtail.posthoc.correction import Correction
 from longtail.posthoc.energy import normalized, sample_weights
-from longtail.posthoc.inputs import as_labels, as_numpy, check, counts_of, log_prior, slices
+from longtail.posthoc.inputs import (
+    as_labels,
+    as_numpy,
+    check,
+    counts_of,
+    log_prior,
+    number,
+    slices,
+    without_masked,
+)
+
+BOUND = 8.0  # of log T
 
 
 class PredictionRebalancing(Correction):
@@ -30,7 +42,7 @@ class PredictionRebalancing(Correction):
 
     def _fit(self, logits: np.ndarray, labels: Any) -> None:
         uniform = np.full(len(logits), 1 / len(logits))
-        self.shift_ = self.tau * normalized(logits, np.zeros(len(logits), dtype=int), uniform, 1.0)
+        self.shift_ = number("tau", self.tau) * normalized(logits, np.zeros(len(logits), dtype=int), uniform, 1.0)
 
 
 class LogitAdjustment(Correction):
@@ -38,16 +50,28 @@ class LogitAdjustment(Correction):
 
     Args:
         tau: 1 is consistent for the balanced error.
-        prior: of the training set (C,), any scale; None: the shares of the labels that it is fitted on.
+        prior: of the training set (C,), any scale: then no labels are needed; None: the shares of the labels that it
+            is fitted on.
     """
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the prior is not given."""
+        return self.prior is None
 
     def __init__(self, tau: float = 1.0, prior: Any = None):
         self.tau, self.prior = tau, prior
 
     def _fit(self, logits: np.ndarray, labels: np.ndarray) -> None:
-        classes = logits.shape[1]
-        prior = counts_of(labels, classes, "LogitAdjustment") if self.prior is None else self.prior
-        self.shift_ = -self.tau * log_prior(prior, classes, "prior")
+        tau = number("tau", self.tau)
+        if self.prior is None:
+            counts, everyone = (
+                counts_of(labels, logits.shape[1], "LogitAdjustment"),
+                np.ones(logits.shape[1], dtype=bool),
+            )
+            self.shift_ = -tau * log_prior(counts, everyone, "prior")
+        else:
+            self.shift_ = -tau * log_prior(self.prior, self.open_, "prior")
 
 
 class KnownPrior(Correction):
@@ -65,9 +89,8 @@ class KnownPrior(Correction):
         self.test_prior, self.model_prior = test_prior, model_prior
 
     def _fit(self, logits: np.ndarray, labels: Any) -> None:
-        classes = logits.shape[1]
-        self.shift_ = log_prior(self.test_prior, classes, "test_prior") - log_prior(
-            self.model_prior, classes, "model_prior"
+        self.shift_ = log_prior(self.test_prior, self.open_, "test_prior") - log_prior(
+            self.model_prior, self.open_, "model_prior"
         )
 
 
@@ -89,6 +112,7 @@ class ExpectationMaximization(Correction):
     """
 
     needs_labels = False
+    of_masked: ClassVar[dict[str, float]] = {"shift_": 0.0, "prior_": 0.0}
     prior_: np.ndarray
     n_iter_: int
 
@@ -96,18 +120,19 @@ class ExpectationMaximization(Correction):
         self.model_prior, self.max_iter, self.tol = model_prior, max_iter, tol
 
     def _fit(self, logits: np.ndarray, labels: Any) -> None:
-        log_model = log_prior(self.model_prior, logits.shape[1], "model_prior")
+        tol = number("tol", self.tol, least=0)
+        rounds = number("max_iter", self.max_iter, least=1)
+        log_model = log_prior(self.model_prior, self.open_, "model_prior")
         self.prior_ = np.exp(log_model)
         uniform = np.full(len(logits), 1 / len(logits))
         floor = np.finfo(float).tiny
-        for number in range(1, self.max_iter + 1):
-            self.n_iter_ = number
+        for self.n_iter_ in range(1, int(rounds) + 1):
             shift = np.log(np.maximum(self.prior_, floor)) - log_model
             total = np.zeros_like(self.prior_)
             for where, part in slices(logits):
                 total += uniform[where] @ softmax(part.astype(np.float64) + shift, axis=1)
             change, self.prior_ = np.abs(total - self.prior_).max(), total
-            if change <= self.tol:
+            if change <= tol:
                 break
         self.shift_ = np.log(np.maximum(self.prior_, floor)) - log_model
 
@@ -130,6 +155,7 @@ class BlackBoxShift(Correction):
     """
 
     needs_labels = False
+    of_masked: ClassVar[dict[str, float]] = {"shift_": 0.0, "prior_": 0.0}
     prior_: np.ndarray
 
     def __init__(
@@ -147,13 +173,14 @@ class BlackBoxShift(Correction):
         return softmax(logits.astype(np.float64), axis=1) if self.soft else np.eye(logits.shape[1])[logits.argmax(1)]
 
     def _fit(self, logits: np.ndarray, labels: Any) -> None:
-        classes = logits.shape[1]
+        classes, floor = logits.shape[1], number("floor", self.floor, above=0)
         if self.source_logits is None or self.source_labels is None:
             raise ValueError("BlackBoxShift needs source_logits and source_labels: labelled, not trained on")
         source, known = as_numpy(self.source_logits), as_labels(self.source_labels)
         check(source, known)
-        if source.shape[1] != classes:
-            raise ValueError(f"source_logits have {source.shape[1]} classes, the logits to correct {classes}")
+        if source.shape[1] != len(self.open_):
+            raise ValueError(f"source_logits have {source.shape[1]} classes, the logits to correct {len(self.open_)}")
+        source, known = without_masked(source, known, self.open_)
         counts = counts_of(known, classes, "BlackBoxShift")
         confusion = np.zeros((classes, classes))
         for where, part in slices(source):
@@ -161,15 +188,15 @@ class BlackBoxShift(Correction):
         confusion /= len(source)
         share = sum(self._predicted(part).sum(0) for _, part in slices(logits)) / len(logits)
         ratio = np.linalg.lstsq(confusion, share, rcond=None)[0]
-        prior = np.maximum(ratio, self.floor) * counts / len(source)
+        prior = np.maximum(ratio, floor) * counts / len(source)
         self.prior_ = prior / prior.sum()
-        self.shift_ = np.log(self.prior_) - log_prior(self.model_prior, classes, "model_prior")
+        self.shift_ = np.log(self.prior_) - log_prior(self.model_prior, self.open_, "model_prior")
 
 
 class TemperatureScaling(Correction):
     """Divide all logits by one number T > 0 that gives the labels the highest likelihood (Guo et al., ICML 2017, 4.2).
 
-    The predictions stay; their confidence changes.
+    The predictions stay; their confidence changes. Warns where T ends at a bound of the search, exp(-8) or exp(8).
 
     Attributes:
         temperature_: T.
@@ -185,8 +212,11 @@ class TemperatureScaling(Correction):
                 total += float((logsumexp(scaled, axis=1) - scaled[np.arange(len(part)), labels[where]]).sum())
             return total / len(logits)
 
-        found = minimize_scalar(nll, bounds=(-8.0, 8.0), method="bounded", options={"xatol": 1e-8})
+        found = minimize_scalar(nll, bounds=(-BOUND, BOUND), method="bounded", options={"xatol": 1e-8})
         self.temperature_ = float(np.exp(found.x))
+        if abs(found.x) > BOUND - 0.01:
+            why = "the logits say nothing about the labels" if found.x > 0 else "every label has the highest logit"
+            warnings.warn(f"T = {self.temperature_:.3g} is a bound of the search: {why}", stacklevel=3)
         self.scale_, self.shift_ = 1 / self.temperature_, np.zeros(logits.shape[1])
 
 
@@ -203,13 +233,13 @@ class VectorScaling(Correction):
         self.l2, self.balanced = l2, balanced
 
     def _fit(self, logits: np.ndarray, labels: np.ndarray) -> None:
-        classes = logits.shape[1]
+        classes, l2 = logits.shape[1], number("l2", self.l2, least=0)
         weights = sample_weights(labels, "balanced" if self.balanced else "uniform")
 
         def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
             scale, shift = flat[:classes], flat[classes:]
             off = np.concatenate([scale - 1, shift])
-            total, gradient = self.l2 * float(off @ off) / classes, 2 * self.l2 * off / classes
+            total, gradient = l2 * float(off @ off) / classes, 2 * l2 * off / classes
             for where, part in slices(logits):
                 values, own = part.astype(np.float64), labels[where]
                 log_p = log_softmax(scale * values + shift, axis=1)

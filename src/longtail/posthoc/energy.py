@@ -1,14 +1,24 @@
 """Energy aligning (arXiv, see docs/methods.md): the readings of the paper's energy, and the estimator."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from scipy.optimize import minimize
 from scipy.special import log_softmax, logsumexp, softmax
 
 from longtail.posthoc.correction import Correction
-from longtail.posthoc.inputs import as_labels, as_numpy, check, counts_of, slices
+from longtail.posthoc.inputs import (
+    LOST,
+    as_labels,
+    as_numpy,
+    check,
+    counts_of,
+    number,
+    open_classes,
+    slices,
+    without_masked,
+)
 
 # (logits, labels, weights (N,), temperature) -> energies (C,) in float64
 Reading = Callable[[np.ndarray, np.ndarray, np.ndarray, float], np.ndarray]
@@ -38,7 +48,15 @@ def own_samples(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray, t: 
 
 
 def mean_energy(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray, t: float) -> np.ndarray:
-    """Minus each class's mean logit: `all_samples` at a high temperature."""
+    """Minus each class's mean logit: `all_samples` at a high temperature.
+
+    Raises ValueError for a class that is masked in some samples only.
+    """
+    if logits.min() < LOST:
+        row, column = np.argwhere(logits < LOST)[0]
+        raise ValueError(
+            f"mean_energy: class {column} of those that are not masked everywhere is masked in row {row}: no mean"
+        )
     return -sum(weights[where] @ part for where, part in slices(logits))
 
 
@@ -99,7 +117,7 @@ def class_shares(labels: np.ndarray, weights: np.ndarray, classes: int) -> np.nd
 def free_energy(
     logits: Any, labels: Any, *, reading: str = "equal_shares", weights: str = "uniform", temperature: float = 1.0
 ) -> np.ndarray:
-    """The free energy (C,) of each class, in float64 and nats: see `EnergyAligning`.
+    """The free energy (C,) of each class, in float64 and nats, NaN of one that is masked: see `EnergyAligning`.
 
     Raises ValueError for logits or labels that `check` refuses, for an unknown reading or weights, and for a class
     without a sample where the reading needs one.
@@ -108,9 +126,12 @@ def free_energy(
     check(values, known)
     if reading not in READINGS:
         raise ValueError(f"reading {reading!r}; allowed are {', '.join(READINGS)}")
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; allowed are numbers above 0")
-    return READINGS[reading](values, known, sample_weights(known, weights), temperature)
+    temperature = number("temperature", temperature, above=0)
+    open_C = open_classes(values)
+    values, known = without_masked(values, known, open_C)
+    energies = np.full(len(open_C), np.nan)
+    energies[open_C] = READINGS[reading](values, known, sample_weights(known, weights), temperature)
+    return energies
 
 
 class EnergyAligning(Correction):
@@ -142,14 +163,15 @@ class EnergyAligning(Correction):
         weights: uniform: every sample counts the same, as in training; balanced: every class of S does.
         temperature: T.
         strength: 1 aligns fully, 0 not at all.
-        reference: mean (of F over classes), or the class whose logit stays.
+        reference: mean (of F over classes that are not masked), or the class whose logit stays.
         groups: (C,) whole numbers: one shift for each group of classes, as between old and new classes in
             class-incremental learning; its F is -T log of the mean of exp(-F(y) / T) in the group.
 
     Attributes:
-        energy_: (C,) the free energies before.
+        energy_: (C,) the free energies before; NaN of a class that is masked.
     """
 
+    of_masked: ClassVar[dict[str, float]] = {"shift_": 0.0, "energy_": np.nan}
     energy_: np.ndarray
 
     def __init__(
@@ -165,33 +187,39 @@ class EnergyAligning(Correction):
         self.reference, self.groups = reference, groups
 
     def _fit(self, logits: np.ndarray, labels: np.ndarray) -> None:
-        classes = logits.shape[1]
+        strength = number("strength", self.strength)
         self.energy_ = self.energies(logits, labels)
+        t = float(self.temperature)
         if self.reading == "equal_shares":
-            weights = sample_weights(labels, self.weights)
-            energy = equal_energies(logits, labels, weights, self.temperature, self._groups(classes))
+            energy = equal_energies(logits, labels, sample_weights(labels, self.weights), t, self._groups())
         elif self.groups is None:
             energy = self.energy_
         else:
-            groups, t = self._groups(classes), self.temperature
+            groups = self._groups()
             summed = [logsumexp(-self.energy_[groups == group] / t) for group in range(groups.max() + 1)]
             energy = -t * (np.array(summed) - np.log(np.bincount(groups)))[groups]
+        self.shift_ = strength * (energy - self._reference(energy))
+
+    def _reference(self, energy: np.ndarray) -> float:
+        """The energy that stays, of those of the open classes."""
         if isinstance(self.reference, str):
             if self.reference != "mean":
                 raise ValueError(f"reference = {self.reference!r}; allowed are 'mean' and a class")
-            reference = energy.mean()
-        else:
-            if not 0 <= self.reference < classes:
-                raise ValueError(f"reference = {self.reference}; allowed are 'mean' and 0 to {classes - 1}")
-            reference = energy[self.reference]
-        self.shift_ = self.strength * (energy - reference)
+            return float(energy.mean())
+        classes = len(self.open_)
+        if number("reference", self.reference) not in range(classes):
+            raise ValueError(f"reference = {self.reference}; allowed are 'mean' and 0 to {classes - 1}")
+        if not self.open_[self.reference]:
+            raise ValueError(f"reference = {self.reference}: this class is masked")
+        return float(energy[np.flatnonzero(self.open_) == self.reference][0])
 
-    def _groups(self, classes: int) -> np.ndarray:
-        """The group of each class (C,), numbered from 0 on."""
+    def _groups(self) -> np.ndarray:
+        """The group of each open class, numbered from 0 on."""
+        classes = len(self.open_)
         groups = np.arange(classes) if self.groups is None else as_numpy(self.groups)
         if groups.shape != (classes,) or groups.dtype.kind not in "iu":
             raise ValueError(f"groups are {groups.dtype} {groups.shape}; expected {classes} whole numbers")
-        return np.unique(groups, return_inverse=True)[1]
+        return np.unique(groups[self.open_], return_inverse=True)[1]
 
     def energies(self, logits: Any, labels: Any) -> np.ndarray:
         """The free energies (C,) of logits, with this one's settings: of corrected ones, how equal they have become."""
