@@ -117,12 +117,15 @@ def test_a_file_that_answers_otherwise_is_not_written(root, tmp_path):
             ["toy", NAME, "--out", "a.onnx", "--correction", "magic"],
             "no correction 'magic'; there are none, aligned_on_held_out",
         ),
+        (["toy", NAME, "--out", "folder.onnx"], "folder.onnx: is a folder; expected the name of a file"),
+        (["toy", NAME, "--out", "folder"], "folder: is a folder; expected the name of a file"),
         (["toy", NAME, "--out", "a.h5"], "a.h5: unknown kind '.h5'; allowed are .onnx, .pt2"),
     ],
 )
 def test_what_is_wrong_is_named(root, monkeypatch, arguments, message):
     monkeypatch.chdir(root)
-    (root / "stages").mkdir(exist_ok=True)
+    for name in ("stages", "folder", "folder.onnx"):
+        (root / name).mkdir(exist_ok=True)
     (root / "stages/dvc.yaml").touch()
     monkeypatch.setattr(sys, "argv", ["longtail", "export", *arguments])
     with pytest.raises(SystemExit) as caught:

@@ -157,9 +157,9 @@ def test_probabilities_in_place_of_logits_are_warned_of():
     logits, labels = case()
     p = softmax(logits, axis=1)
     for values in (p, p.astype(np.float32), p.astype(np.float16), torch.from_numpy(p).bfloat16()):
-        with pytest.warns(UserWarning, match=r"these are probabilities .*np\.log\(p\)"):
+        with pytest.warns(UserWarning, match=r"these logits are probabilities .*np\.log\(p\)"):
             LogitAdjustment().fit(values, labels)
-    with pytest.warns(UserWarning, match="these are probabilities"):
+    with pytest.warns(UserWarning, match="these logits are probabilities"):
         Affine(1.0, np.arange(4)).fit(logits).transform(p)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -241,6 +241,8 @@ def main() -> None:
         if args.command in ("export", "register"):
             from longtail.tracking import export, runs
 
+            if args.command == "export":
+                export.check_target(args.out)
             chosen = export.Trained(Path.cwd(), args.plan, args.cell, args.correction)
             if args.command == "export":
                 difference = export.export(chosen, args.out)
@@ -255,6 +257,8 @@ def main() -> None:
                 )
     except ValueError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: {files.said(error)}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import argparse
 import ast
 import inspect
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +16,7 @@ from scipy.special import log_softmax
 from longtail import posthoc
 from longtail.evaluation import metrics
 from longtail.posthoc import tables
+from longtail.posthoc.inputs import warn_of_probabilities
 from longtail.workflow import files
 
 CORRECTIONS: dict[str, type[posthoc.Correction]] = {
@@ -56,27 +58,39 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--apply", metavar="SHIFT.json", help="take a correction from a file in place of fitting one")
     parser.add_argument("--out", help="where the corrected logits go")
     parser.add_argument("--shift", metavar="SHIFT.json", help="where scale and shift go")
-    try:
-        run(parser.parse_args(argv))
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("once")
+        warnings.filterwarnings("ignore", "these logits are probabilities")  # `_check` names the file
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        try:
+            run(parser.parse_args(argv))
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+        except OSError as error:
+            sys.exit(f"error: {files.said(error)}")
 
 
 def run(args: argparse.Namespace) -> None:
     """Fit or read a correction, print what it changes, write what was asked for.
 
-    Raises ValueError and FileNotFoundError that name file, row and class; nothing is written then.
+    Raises ValueError and OSError that name file, row and class; nothing is written then.
     """
     if args.fit_labels and not args.fit:
         raise ValueError("--fit-labels needs --fit")
     if args.out:
         tables.kind_of(Path(args.out))
+    for target in filter(None, (args.out, args.shift)):
+        files.check_target(target)
     with ExitStack() as stack:
         logits, labels = (_open(stack, given) for given in (args.logits, args.labels))
         assert logits is not None
         _check(args.logits, logits, args.labels, labels)
         if args.apply:
             correction: posthoc.Correction = _read(args.apply)
+            if len(correction.shift_) != logits.shape[1]:
+                raise ValueError(
+                    f"{args.apply} has {len(correction.shift_)} classes, {args.logits} has {logits.shape[1]}"
+                )
         else:
             correction = _fit(stack, args, logits, labels)
         print(f"{args.apply or _described(correction)}; fitted on {correction.fitted_on_ or 'unsaid'}"
@@ -106,6 +120,8 @@ def _check(path: str, logits: np.ndarray, labels_path: str | None, labels: np.nd
         if logits.ndim != 2 or 0 in logits.shape:
             posthoc.check(logits)
         for where, part in posthoc.slices(logits):
+            if not where.start:
+                warn_of_probabilities(part, f"{path}: these logits")
             try:
                 posthoc.check(part)
             except ValueError as error:
@@ -116,7 +132,9 @@ def _check(path: str, logits: np.ndarray, labels_path: str | None, labels: np.nd
         try:
             posthoc.check_labels(posthoc.as_labels(labels), *logits.shape)
         except ValueError as error:
-            raise ValueError(f"{labels_path}: {error}") from error
+            header = str(labels_path).endswith(".csv") and labels.shape == (len(logits) + 1,)
+            hint = f"; is its first line, {labels[0]:g}, a header? give the column a name" if header else ""
+            raise ValueError(f"{labels_path}: {error}{hint}") from error
 
 
 def _fit(
@@ -163,10 +181,12 @@ def _settings(by: str, given: Sequence[str]) -> dict[str, Any]:
 
 def _read(path: str) -> posthoc.Affine:
     fitted = files.read_json(path)
-    missing = {"scale", "shift", "fitted_on", "flags"} - set(fitted if isinstance(fitted, Mapping) else ())
-    if missing:
-        raise ValueError(f"{path}: no {', '.join(sorted(missing))}; expected what --shift writes")
-    return posthoc.from_dict(fitted)
+    try:
+        if not isinstance(fitted, Mapping):
+            raise ValueError(f"holds a {type(fitted).__name__}; expected what to_dict or --shift writes")
+        return posthoc.from_dict(fitted)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _described(correction: posthoc.Correction) -> str:
@@ -175,7 +195,7 @@ def _described(correction: posthoc.Correction) -> str:
 
 
 def _float(logits: np.ndarray) -> np.dtype:
-    return logits.dtype if logits.dtype in (np.float32, np.float64) else np.dtype(np.float64)
+    return logits.dtype if logits.dtype in (np.float16, np.float32, np.float64) else np.dtype(np.float64)
 
 
 def measures(logits: np.ndarray, labels: np.ndarray, correction: posthoc.Correction | None) -> dict[str, float]:

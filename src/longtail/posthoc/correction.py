@@ -114,10 +114,13 @@ class Correction(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type
         if out is not None and (_described(out) != _described(expected, values.shape)):
             raise ValueError(f"out is {_described(out)}; expected {_described(expected, values.shape)}")
         target = None if out is None else written_to(out, values.dtype)
-        shift = self.shift_.astype(values.dtype)
+        with np.errstate(over="ignore"):
+            scale, shift = np.asarray(self.scale_, dtype=values.dtype), self.shift_.astype(values.dtype)
+        if not (np.isfinite(scale).all() and np.isfinite(shift).all()):
+            raise ValueError(f"scale {self.scale_} or shift {self.shift_} is too large for {values.dtype}")
         with np.errstate(over="ignore"):  # the lowest number, where it masks a class, times more than 1
             if np.any(self.scale_ != 1.0):
-                corrected = np.multiply(values, np.asarray(self.scale_, dtype=values.dtype), out=target)
+                corrected = np.multiply(values, scale, out=target)
                 corrected += shift
             else:
                 corrected = np.add(values, shift, out=target)
@@ -175,7 +178,7 @@ def from_dict(fitted: Mapping[str, Any]) -> "Affine":
     """The correction that `to_dict` wrote, as scale and shift. Raises ValueError where something else wrote it."""
     missing = [key for key in ("scale", "shift", "fitted_on", "flags") if key not in fitted]
     if missing:
-        raise ValueError(f"no {', '.join(missing)}; expected what a correction's to_dict says")
+        raise ValueError(f"no {', '.join(missing)}; expected what to_dict or --shift writes")
     shift, flags = numbers("shift", fitted["shift"]), fitted["flags"]
     if shift.ndim != 1 or not isinstance(flags, Sequence):
         raise ValueError(

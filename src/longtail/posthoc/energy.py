@@ -124,7 +124,7 @@ def free_energy(
     """
     values, known = as_numpy(logits), as_labels(labels)
     check(values, known)
-    if reading not in READINGS:
+    if not isinstance(reading, str) or reading not in READINGS:
         raise ValueError(f"reading {reading!r}; allowed are {', '.join(READINGS)}")
     temperature = number("temperature", temperature, above=0)
     open_C = open_classes(values)

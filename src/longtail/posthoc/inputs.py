@@ -111,12 +111,12 @@ def without_masked(logits: np.ndarray, labels: Any, open_C: np.ndarray) -> tuple
     return logits, labels
 
 
-def warn_of_probabilities(logits: np.ndarray) -> None:
+def warn_of_probabilities(logits: np.ndarray, name: str = "these logits") -> None:
     """Warn where the first rows are probabilities: not negative, and they sum to 1."""
     first = logits[: max(1, SLICE // logits.shape[1])]
     if first.min() >= 0 and (abs(first.sum(1, dtype=np.float64) - 1) <= ONE).all() and logits.shape[1] > 1:
         warnings.warn(
-            "these are probabilities (no number is negative, and each row sums to 1), not logits: corrections are of "
+            f"{name} are probabilities (no number is negative, and each row sums to 1), not logits: corrections are of "
             "logits; take their logarithms, np.log(p)",
             stacklevel=4,
         )

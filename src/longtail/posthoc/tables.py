@@ -4,18 +4,26 @@ What is larger than memory stays on the disk: an .npy file is mapped, the others
 the system's temporary files. Tables of several columns become float32.
 """
 
+import csv
+import re
+import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
+from longtail.workflow import files
+
 KINDS = (".npy", ".npz", ".csv", ".parquet")
 ROWS = 4096  # of a table at a time
 BYTES = 1 << 24  # of an archive at a time
+LINE = 1 << 22  # characters: a longer first line of a CSV file is no row of classes
+NO_CLASSES = re.compile(r"(unnamed: ?\d+|__index_level_\d+__|level_\d+|index|idx|id|label|labels|target|targets|y|)")
 
 
 def kind_of(path: Path) -> str:
@@ -48,29 +56,53 @@ def opened(path: str | Path, *, array: str | None = None) -> Iterator[np.ndarray
                 _unpack(path, array, mapped)
             else:
                 _collect(path, _csv(path) if kind == ".csv" else _parquet(path), mapped)
-            values = np.load(mapped, mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
+            values = _load(mapped)
+        except (ValueError, EOFError, OSError) as error:
             raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from error
-        if values.dtype.kind not in "fiu":
-            raise ValueError(f"{path}: holds {values.dtype}, not numbers")
         yield values
+
+
+def _load(path: Path) -> np.ndarray:
+    """An .npy file, mapped. Raises ValueError where it is none, or holds something else than numbers."""
+    with path.open("rb") as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(file)
+        except (ValueError, EOFError, SyntaxError, TypeError) as error:
+            raise ValueError(f"not an .npy file of numbers ({str(error) or type(error).__name__})") from error
+    if dtype.kind not in "fiu":
+        raise ValueError(f"holds {'objects' if dtype.hasobject else dtype}, not numbers")
+    if 0 in shape:
+        raise ValueError(f"holds nothing: its shape is {shape}")
+    try:
+        values: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        return values
+    except (ValueError, OSError, OverflowError) as error:
+        raise ValueError(f"not a whole .npy file of numbers ({error})") from error
 
 
 def _unpack(path: Path, array: str | None, target: Path) -> None:
     """Copy one member of an .npz file, which is an .npy file."""
     try:
         with zipfile.ZipFile(path) as archive:
-            names = [name.removesuffix(".npy") for name in archive.namelist()]
+            names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+            if not names:
+                raise ValueError(f"{path} holds no array; it has {', '.join(archive.namelist()) or 'nothing'}")
             if array is None and len(names) > 1:
                 raise ValueError(f"{path} has the arrays {', '.join(names)}; say which as {path}:NAME")
             name = array or names[0]
             if name not in names:
                 raise ValueError(f"{path} has no array {name!r}; it has {', '.join(names)}")
+            size, free = archive.getinfo(f"{name}.npy").file_size, shutil.disk_usage(target.parent).free
+            if size > free:
+                raise ValueError(f"{path}: {name} unpacks to {size:,} bytes; {target.parent} has room for {free:,}")
             with archive.open(f"{name}.npy") as member, target.open("wb") as file:
                 while part := member.read(BYTES):
                     file.write(part)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path}: not an .npz file ({error})") from error
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
+        # a member that is encrypted is a RuntimeError, of an unknown method a NotImplementedError
+        raise ValueError(f"{path}: not an .npz file that can be read ({error})") from error
 
 
 def _collect(path: Path, parts: Iterable[np.ndarray], target: Path) -> None:
@@ -93,45 +125,170 @@ def _collect(path: Path, parts: Iterable[np.ndarray], target: Path) -> None:
 
 
 def _csv(path: Path) -> Iterator[np.ndarray]:
-    """Blocks of a CSV file of numbers; a first line that holds none is a header."""
+    """Blocks of a CSV file of numbers; a first line that holds none is a header, and so is pandas' 0,1,2,..."""
     import pyarrow
-    from pyarrow import csv
+    from pyarrow import csv as arrow
 
-    with path.open(encoding="utf-8") as file:
-        first = file.readline().strip().split(",")
-    headed = not any(_is_number(text) for text in first)
+    first, second = _first_lines(path)
+    if not first:
+        raise ValueError(f"{path}: no rows: its first line is empty")
+    headed = _is_header(path, first, second)
+    if headed:
+        _check_names(path, first)
     names = [f"column {number}" for number in range(1, len(first) + 1)]
     kind = pyarrow.float64() if len(names) == 1 else pyarrow.float32()  # whole numbers up to 2^53 stay whole
+    counts = _Counts(path, first if headed else names)
     try:
-        with csv.open_csv(
+        with arrow.open_csv(
             path,
-            csv.ReadOptions(column_names=names, skip_rows=int(headed), block_size=BYTES),
-            convert_options=csv.ConvertOptions(column_types=dict.fromkeys(names, kind), null_values=["", "nan", "NaN"]),
+            arrow.ReadOptions(column_names=names, skip_rows=int(headed), block_size=BYTES),
+            convert_options=arrow.ConvertOptions(
+                column_types=dict.fromkeys(names, kind), null_values=["", "nan", "NaN"]
+            ),
         ) as batches:
             for batch in batches:
-                yield _block(batch)
+                block = _columns(batch)
+                counts.look(block)
+                yield block
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path}: not a CSV file of numbers ({error})") from error
+    counts.judge()
+
+
+def _first_lines(path: Path) -> tuple[list[str], list[str]]:
+    """What is in the first two lines; the second may be empty."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        try:
+            lines = [file.readline(LINE), file.readline(LINE)]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not a CSV file of numbers: no UTF-8 text ({error})") from error
+    if len(lines[0]) == LINE:
+        raise ValueError(f"{path}: its first line is longer than {LINE:,} characters; expected a line for each sample")
+    try:
+        first, second = ([text.strip() for text in next(csv.reader([line]), [])] for line in lines)
+    except csv.Error as error:
+        raise ValueError(f"{path}: not a CSV file of numbers ({error})") from error
+    return first, second
+
+
+def _is_header(path: Path, first: Sequence[str], second: Sequence[str]) -> bool:
+    """Whether the first line is no sample. Raises ValueError where that cannot be told."""
+    if first[bool(first) and not first[0] :] == [str(number) for number in range(len(first) - (not first[0]))]:
+        # pandas' default header, with its index in front or without; of one class, or of whole numbers, it may be a row
+        if any(not _is_whole(text) for text in second) or not first[0]:
+            return True
+        if len(first) > 1:
+            raise ValueError(
+                f"{path}: its first line, {','.join(first)[:40]}, may be a header or a sample: give the columns names"
+            )
+        return False
+    return not any(_is_number(text) for text in first)
+
+
+def _check_names(path: Path, names: Sequence[str]) -> None:
+    """Raise ValueError for a column that its name says is no class: an index, labels, `id` beside c0, c1, ..."""
+    stems = [re.sub(r"\d+$", "", name) for name in names]
+    most = max(set(stems), key=stems.count)
+    numbered = stems.count(most) > len(names) / 2 and len(names) > 2 and most != names[stems.index(most)]
+    for number, (name, stem) in enumerate(zip(names, stems, strict=True), 1):
+        said = NO_CLASSES.fullmatch(name.lower()) and len(names) > 1
+        if said or (numbered and stem != most):
+            raise ValueError(
+                f"{path}: column {number}, {name!r}, is no class by its name; leave it out (of pandas: index=False)"
+            )
+
+
+class _Counts:
+    """Whether the first column of several counts the rows: an index that nobody named."""
+
+    def __init__(self, path: Path, names: Sequence[str]) -> None:
+        self.path, self.names, self.rows, self.start = path, names, 0, 0.0
+
+    def look(self, block: np.ndarray) -> None:
+        if block.ndim == 2 and self.names:
+            if not self.rows:
+                self.start = float(block[0, 0])
+            if not np.array_equal(block[:, 0], self.start + np.arange(self.rows, self.rows + len(block))):
+                self.names = ()
+        self.rows += len(block)
+
+    def judge(self) -> None:
+        """Raises ValueError where it does."""
+        if self.names and len(self.names) > 1 and self.rows > 2 and self.start in (0, 1):
+            raise ValueError(
+                f"{self.path}: its first column, {self.names[0]!r}, counts the rows ({self.start:g}, "
+                f"{self.start + 1:g}, ...): an index? leave it out (of pandas: index=False)"
+            )
 
 
 def _parquet(path: Path) -> Iterator[np.ndarray]:
-    """Blocks of a Parquet file: a column a class, or one column of lists."""
+    """Blocks of a Parquet file: a column a class, or one column of lists. An index of pandas' is left out."""
     import pyarrow
     from pyarrow import parquet
 
     try:
-        for batch in parquet.ParquetFile(path).iter_batches(batch_size=ROWS):
-            yield _block(batch)
-    except (pyarrow.ArrowException, TypeError) as error:
+        file = parquet.ParquetFile(path)
+        schema, rows, width = file.schema_arrow, 0, 0
+        about = schema.pandas_metadata or {}
+        index = {name for name in about.get("index_columns", ()) if isinstance(name, str)}
+        names = [name for name in schema.names if name not in index]
+        _check_columns(path, [schema.field(name) for name in names])
+        counts = _Counts(path, names)
+        for batch in file.iter_batches(batch_size=ROWS, columns=names):
+            block = _columns(batch) if len(names) > 1 else _lists(path, batch.column(0), rows, width)
+            counts.look(block)
+            rows, width = rows + len(block), block.shape[-1] if block.ndim == 2 else 0
+            yield block
+    except (pyarrow.ArrowException, TypeError, OSError) as error:
         raise ValueError(f"{path}: not a Parquet file of numbers ({error})") from error
+    counts.judge()
 
 
-def _block(batch: Any) -> np.ndarray:
-    """A batch of columns as rows: (N,) of one column of numbers, else (N, C) in float32."""
+def _check_columns(path: Path, fields: Sequence[Any]) -> None:
+    """Raise ValueError, naming it, for a column that holds no numbers, or whole ones beside others."""
+    from pyarrow import types
+
+    if not fields:
+        raise ValueError(f"{path}: no columns")
+    if len({field.name for field in fields}) < len(fields):
+        raise ValueError(f"{path}: two columns of one name")
+    for field in fields:
+        kind = field.type
+        if len(fields) == 1 and (types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)):
+            kind = kind.value_type
+        if not (types.is_integer(kind) or types.is_floating(kind)):
+            raise ValueError(f"{path}: column {field.name!r} holds {field.type}, not numbers; leave it out, or cast it")
+    if len(fields) > 1:
+        _check_names(path, [field.name for field in fields])
+        whole = [field.name for field in fields if types.is_integer(field.type)]
+        if 0 < len(whole) < len(fields):
+            raise ValueError(
+                f"{path}: column {whole[0]!r} holds whole numbers and others do not: no class? leave it out"
+            )
+
+
+def _columns(batch: Any) -> np.ndarray:
+    """A batch of columns as rows: (N,) of one, else (N, C) in float32."""
     columns = [column.to_numpy(zero_copy_only=False) for column in batch.columns]
-    if len(columns) > 1:
-        return np.stack(columns, axis=1).astype(np.float32)
-    return np.stack(columns[0]).astype(np.float32) if columns[0].dtype == object else np.asarray(columns[0])
+    return np.stack(columns, axis=1).astype(np.float32) if len(columns) > 1 else np.asarray(columns[0])
+
+
+def _lists(path: Path, column: Any, before: int, width: int) -> np.ndarray:
+    """One column: (N,) of numbers, (N, C) in float32 of lists, all of `width`, or of the first one's where that is 0.
+
+    Raises ValueError with the row, after those `before`, of another length.
+    """
+    values = column.to_numpy(zero_copy_only=False)
+    if values.dtype != object:
+        return np.asarray(values)
+    for row, value in enumerate(values, before):
+        length = 0 if value is None else len(value)
+        width = width or length
+        if length != width or not length:
+            raise ValueError(
+                f"{path}: row {row} holds {f'a list of {length}' if length else 'no list'}; expected {width}"
+            )
+    return np.stack(values).astype(np.float32)
 
 
 def _is_number(text: str) -> bool:
@@ -142,11 +299,16 @@ def _is_number(text: str) -> bool:
     return True
 
 
+def _is_whole(text: str) -> bool:
+    return re.fullmatch(r"-?\d+", text) is not None
+
+
 @contextmanager
 def written(path: str | Path, shape: tuple[int, int], dtype: Any) -> Iterator[Callable[[np.ndarray], Any]]:
     """A function that appends rows to a file, which is there when all of them are."""
     path = Path(path)
     kind = kind_of(path)
+    files.check_target(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         part = Path(folder) / f"part{kind}"
@@ -171,7 +333,7 @@ def _writer(
             yield lambda rows: member.write(rows.astype(dtype).tobytes())
     elif kind == ".csv":
         file.write((",".join(names) + "\n").encode())
-        yield lambda rows: np.savetxt(file, rows, fmt="%.9g", delimiter=",")
+        yield lambda rows: np.savetxt(file, rows.astype(dtype), fmt="%.9g", delimiter=",")
     else:
         import pyarrow
         from pyarrow import parquet

@@ -85,15 +85,21 @@ class Trained:
         self.deployed = Deployed(self.network, self.correction).eval()
 
 
+def check_target(out: str | Path) -> Path:
+    """The path, where a network can be written to it. Raises ValueError for another kind of file, and for a folder."""
+    out = files.check_target(out)
+    if out.suffix not in KINDS:
+        raise ValueError(f"{out}: unknown kind {out.suffix!r}; allowed are {', '.join(KINDS)}")
+    return out
+
+
 def export(cell: Trained, out: str | Path) -> float:
     """Write the cell as .onnx or .pt2; returns the largest difference of its logits on test images, in nats.
 
     Raises ValueError for another kind of file, without the packages that ONNX needs, and where the file's logits are
     not the pipeline's; nothing is written then.
     """
-    out = Path(out)
-    if out.suffix not in KINDS:
-        raise ValueError(f"{out}: unknown kind {out.suffix!r}; allowed are {', '.join(KINDS)}")
+    out = check_target(out)
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / f"network{out.suffix}"
         run = (_onnx if out.suffix == ".onnx" else _pt2)(cell, made)

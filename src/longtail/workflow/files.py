@@ -35,6 +35,27 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
     return path
 
 
+def check_target(path: str | Path) -> Path:
+    """The path, where a file can be written to it: asked before the work, not after it.
+
+    Raises ValueError where it is a folder, or its folder is none.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; expected the name of a file")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise ValueError(f"{path}: {above} is no folder")
+    if not os.access(above, os.W_OK):
+        raise ValueError(f"{path}: {above} cannot be written to")
+    return path
+
+
+def said(error: OSError) -> str:
+    """What the system says of a file, the file first."""
+    return f"{error.filename}: {error.strerror}" if error.filename is not None and error.strerror else str(error)
+
+
 def write_text(path: str | Path, text: str) -> Path:
     """Write UTF-8 text atomically."""
     return write_bytes(path, text.encode())
@@ -69,8 +90,8 @@ def write_json(path: str | Path, value: Any) -> Path:
 def read_json(path: str | Path) -> Any:
     """Read JSON; a ValueError names the file when it is none."""
     try:
-        return json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, nested without end
         raise ValueError(f"{path}: not a JSON file ({error})") from error
 
 
