@@ -7,9 +7,11 @@ import shutil
 import pytest
 import yaml
 from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from longtail import networks
-from longtail.workflow import params
+from longtail.workflow import declaration, params
 
 GOOD = yaml.safe_load((ROOT / "params.yaml").read_text())
 
@@ -157,6 +159,37 @@ BAD = [
     ("plans.quick.seeds", [], "plans.quick.seeds = []: list should have at least 1 item"),
     ("methods.magic", {}, "methods.magic: no file src/longtail/losses/magic.py; there are balanced_softmax,"),
     ("datasets.CIFAR-100", {}, "datasets.CIFAR-100: a name is lower-case letters and digits"),
+    (
+        "plans.tiny\n",
+        {},
+        "plans.'tiny\\n': a name is lower-case letters and digits, parted by '_', at most 50 characters",
+    ),
+    (f"plans.{'a' * 51}", {}, "a name is lower-case letters and digits, parted by '_', at most 50 characters"),
+    ("plans.quick.datasets", ["a" * 300], "string should have at most 50 characters"),
+    (
+        "methods.balpoe_apart.fuse",
+        ["ce", "balpoe_apart"],
+        "fuse = 'balpoe_apart': is fused itself; allowed are methods",
+    ),
+    ("methods.balpoe_apart.fuse", None, "methods.balpoe_apart.fuse = None: input should be a valid list"),
+    (
+        "methods.balpoe_apart.fuse",
+        [["ce"], "gala"],
+        "methods.balpoe_apart.fuse.0 = ['ce']: input should be a valid string",
+    ),
+    ("plans.quick.methods", [["ce"], "balpoe"], "plans.quick.methods.0 = ['ce']: input should be a valid string"),
+    ("plans.quick.methods", {"ce": 1}, "plans.quick.methods: input should be a valid list"),
+    ("recipes.gala.accumulate", 1000, "accumulate (1000) is above batch_size (64): parts without images"),
+    ("recipes.gala.network.depth", 60002, "depth = 60002: input should be less than or equal to 1202"),
+    ("recipes.gala.network.width", 4096, "width = 4096: input should be less than or equal to 1024"),
+    ("recipes.gala.augmentation.cutout", 1e30, "cutout = 1e+30: input should be"),
+    ("recipes.gala.augmentation.cutout", 10**30, "cutout = 1000000000000000000000000000000: input should be"),
+    ("recipes.gala.epochs", 10**9, "epochs = 1000000000: input should be less than or equal to 1000000"),
+    (
+        "recipes.gala.resolution",
+        {"milestones": [1], "scales": [0.01]},
+        "scales.0 = 0.01: input should be greater than or",
+    ),
 ]
 
 
@@ -251,6 +284,123 @@ def test_bad_file(tmp_path, text, message):
     with pytest.raises(params.ParamsError, match=message) as caught:
         params.load(path)
     assert str(path) in str(caught.value)
+
+
+SCALARS = [
+    '010', '1:30', '1:30.5', '5e-2', '1e-05', '5.0e-2', '1e3', '1.5e3', '.5', '1.', '.5e1', 'yes', 'no', 'on',
+    'off', 'y', 'n', 'true', 'True', 'false', '1_000', '0o17', '0x1F', '0b101', '+1', '-7', '09', '0', '-0',
+    '~', 'null', '.inf', '-.inf', '1.0', '0.1', '12e03', '1e+5', '-1E-5', '00', '08.5', '1__0', '0_1',
+    '2024-01-01', 'abc', "'010'", '"1e3"',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", SCALARS)
+def test_params_are_read_as_dvc_reads_them(tmp_path, text):
+    """DVC records what it reads: YAML 1.2. PyYAML's 1.1 has 8 for 010 and 90 for 1:30, and no number for 1e-05."""
+    from dvc.utils.serialize import parse_yaml
+
+    (tmp_path / "a.yaml").write_text(f"a: {text}\n")
+    found = declaration.load(tmp_path / "a.yaml")["a"]
+    wanted = parse_yaml(f"a: {text}\n", "a.yaml")["a"]
+    assert (type(found), found) == (type(wanted), wanted)
+
+
+@given(st.from_regex(r"[-+0-9a-fobx_.:eE]{1,8}", fullmatch=True))
+def test_any_number_is_read_as_dvc_reads_it(text):
+    from dvc.utils.serialize import parse_yaml
+
+    try:
+        wanted = parse_yaml(f"a: {text}\n", "a.yaml")["a"]
+    except Exception:
+        return  # no YAML, or a number that even DVC cannot read
+    try:
+        found = yaml.load(f"a: {text}\n", declaration.Loader)["a"]
+    except (yaml.YAMLError, ValueError):
+        return
+    assert (type(found), found) == (type(wanted), wanted)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("    epochs: 200", "    epochs: 1:30", "epochs = '1:30': input should be a valid integer"),
+        ("    flip: true", "    flip: yes", "flip = 'yes': input should be a valid boolean"),
+        ("    epochs: 200", "    epochs: 0200", None),
+        ("    epochs: 200", "    ? {a: b}\n    : 200", "no key: {'a': 'b'}"),
+        ("    epochs: 200", "    ? [a, b]\n    : 200", "no key: "),
+        ("    epochs: 200", "    epochs: 2024-02-31", "not valid YAML: day"),
+        ("    epochs: 200", f"    epochs: {'9' * 5000}", "not valid YAML: Exceeds the limit"),
+        ("    epochs: 200", f"    epochs: {'[' * 100_000}", "not valid YAML: nested 51 deep in line"),
+        ("    epochs: 200", f"    epochs:\n      {'- ' * 100_000}", "not valid YAML: nested 51 deep in line"),
+        ("    epochs: 200", "    epochs: !!python/object/apply:os.getcwd []", "not valid YAML: could not determine"),
+    ],
+)
+def test_yaml_of_another_kind_is_refused_or_read_as_meant(tmp_path, old, new, message):
+    text = (ROOT / "params.yaml").read_text()
+    path = tmp_path / "params.yaml"
+    path.write_text(text.replace(old, new, 1))
+    assert path.read_text() != text
+    if message is None:
+        assert params.load(path) == params.load(ROOT / "params.yaml")
+        return
+    with pytest.raises(params.ParamsError, match=re.escape(message)):
+        params.load(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_params_in_another_encoding_are_named(tmp_path, encoding):
+    path = tmp_path / "params.yaml"
+    path.write_bytes("# café\nplans: {}\n".encode(encoding))
+    with pytest.raises(params.ParamsError, match=r"params\.yaml: not UTF-8 text"):
+        params.load(path)
+
+
+def test_a_billion_words_are_shown_short(tmp_path):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
+    (tmp_path / "params.yaml").write_text("\n".join([*lines, "plans: *a11", "evaluate: *a11", "methods: {ce: *a11}"]))
+    with pytest.raises(params.ParamsError) as caught:
+        params.load(tmp_path / "params.yaml")
+    assert len(str(caught.value)) < 10_000
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["ce", "quick"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5) | st.integers(), inner, max_size=3),
+    max_leaves=5,
+)  # fmt: skip
+
+
+def paths(value, here=()):
+    """Every key of nested mappings and lists, as a path."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield (*here, key)
+        yield from paths(item, (*here, key))
+
+
+@given(st.data())
+@settings(max_examples=100)
+def test_whatever_stands_anywhere_fits_or_is_named(data):
+    values = copy.deepcopy(GOOD)
+    *above, last = data.draw(st.sampled_from(sorted(paths(values), key=str)))
+    block = values
+    for key in above:
+        block = block[key]
+    block[last] = data.draw(VALUES)
+    try:
+        params.validate(values)
+    except params.ParamsError as error:
+        assert all(line.startswith("params.yaml: ") for line in str(error).splitlines())
+
+
+@given(st.text(alphabet=" \n\t-:?&*!|>'\"%@`{}[],#abc019.~", max_size=60))
+@settings(max_examples=300)
+def test_whatever_text_is_there_is_no_traceback(tmp_path_factory, text):
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_text(text)
+    with pytest.raises(params.ParamsError, match=r"any\.yaml: "):
+        params.load(path)
 
 
 def test_missing_file(tmp_path):

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from longtail.workflow import files, pipeline
+from longtail.workflow import declaration, files, pipeline
 from longtail.workflow.fingerprint import fingerprint
 
 MAKERS = {"loss": "train", "refit": "refit", "fuse": "fuse"}  # of a cell's network: the stage for each kind of method
@@ -39,7 +39,7 @@ def read_locks(root: Path) -> dict[str, dict[str, Any]]:
 def read_lock(path: Path) -> dict[str, dict[str, Any]]:
     """The stages of one lock file by name. Raises LockError when it is no lock of DVC's schema 2.0."""
     try:
-        lock = yaml.load(path.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        lock = declaration.load(path)
     except yaml.YAMLError as error:
         raise LockError(f"{path}: not YAML ({one_line(error)}); `git checkout {path}`?") from error
     stages = lock.get("stages") if isinstance(lock, dict) else None

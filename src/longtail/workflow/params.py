@@ -3,6 +3,7 @@
 import ast
 import pkgutil
 import re
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,12 +11,16 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from longtail.workflow import incremental, ranges
+from longtail.workflow.declaration import Loader
 from longtail.workflow.ranges import Count, Fraction, Name, NotNegative, Numbers, Positive, Seed
 
 LIBRARY = Path(__file__).parents[1]
 READERS = "data/sources"
-NAME_PATTERN = r"^[a-z0-9]+(_[a-z0-9]+)*$"
-PLAN_NAME = r"^[a-z0-9]+([_-][a-z0-9]+)*$"
+NAME_PATTERN = r"[a-z0-9]+(_[a-z0-9]+)*"
+PLAN_NAME = r"[a-z0-9]+([_-][a-z0-9]+)*"
+DEEPEST = 50
+SHOWN = reprlib.Repr()  # of a value that does not fit: anchors and aliases make a line of YAML a billion words
+SHOWN.maxstring = SHOWN.maxother = 80
 
 
 class Block(BaseModel):
@@ -98,7 +103,7 @@ class Schedule(Block):
 
 class Resolution(Block):
     milestones: list[Count]
-    scales: list[Annotated[float, Field(gt=0, le=1)]]
+    scales: list[Annotated[float, Field(ge=0.125, le=1)]]  # the smallest images, digits, have 8 pixels
 
     @model_validator(mode="after")
     def _pairs(self) -> "Resolution":
@@ -115,7 +120,7 @@ class Augmentation(Block):
     policy: Literal["none", "autoaugment_cifar10", "randaugment", "trivialaugment"]
     color_jitter: list[NotNegative] = Field(min_length=4, max_length=4)
     rotation: Annotated[float, Field(ge=0, le=180)]
-    cutout: Annotated[int, Field(ge=0)]
+    cutout: Annotated[int, Field(ge=0, le=1024)]
 
     @model_validator(mode="after")
     def _hue_is_a_part_of_a_turn(self) -> "Augmentation":
@@ -147,8 +152,8 @@ class Network(Block):
 
 
 class CifarNetwork(Network):
-    depth: Annotated[int, Field(ge=8)]
-    width: Annotated[int, Field(ge=4, multiple_of=4)]
+    depth: Annotated[int, Field(ge=8, le=1202)]  # He et al.'s deepest
+    width: Annotated[int, Field(ge=4, le=1024, multiple_of=4)]
 
     @model_validator(mode="after")
     def _depth(self) -> "CifarNetwork":
@@ -163,7 +168,7 @@ class LargeNetwork(Network):
 
 class Recipe(Block):
     epochs: Count
-    batch_size: Annotated[int, Field(ge=2)]
+    batch_size: Annotated[int, Field(ge=2, le=2**20)]
     drop_last: bool
     accumulate: Count
     optimizer: Optimizer
@@ -185,6 +190,10 @@ class Recipe(Block):
         late = [step for step in [*self.schedule.milestones, *self.resolution.milestones] if step >= self.epochs]
         if self.schedule.warmup_epochs > self.epochs or late:
             raise ValueError(f"schedule goes on after the last of {self.epochs} epochs: {late or 'warmup_epochs'}")
+        if self.accumulate > self.batch_size:
+            raise ValueError(
+                f"accumulate ({self.accumulate}) is above batch_size ({self.batch_size}): parts without images"
+            )
         return self
 
 
@@ -283,20 +292,25 @@ def _choices(folder: str) -> list[str]:
 
 
 def _describe(error: Any, where: str) -> str:
-    key = ".".join([where, *(str(part) for part in error["loc"] if part != "[key]")]).strip(".")
+    parts = [str(part) for part in error["loc"] if part != "[key]"]
+    key = ".".join([where, *(part if part.isprintable() else repr(part) for part in parts)]).strip(".")
     kind, context = error["type"], error.get("ctx", {})
     if kind == "missing":
         return f"{key}: missing"
     if kind == "extra_forbidden":
-        return f"{key} = {error['input']!r}: unknown key"
+        return f"{key} = {_shown(error['input'])}: unknown key"
     message = error["msg"].removeprefix("Value error, ")
     if kind == "string_pattern_mismatch":
         message = f"must match {context['pattern']}"
     message = message[0].lower() + message[1:]
     if isinstance(error["input"], dict):
         return f"{key}: {message}"
-    shown = repr(error["input"])
-    return f"{key} = {shown if len(shown) <= 80 else shown[:77] + '...'}: {message}"
+    return f"{key} = {_shown(error['input'])}: {message}"
+
+
+def _shown(value: Any) -> str:
+    shown = SHOWN.repr(value)
+    return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
 def _validated(model: type[BaseModel], value: Any, where: str, problems: list[str]) -> Any:
@@ -332,7 +346,8 @@ def validate(value: Any, file: str = "params.yaml") -> None:
     if not isinstance(value, dict):
         raise ParamsError(f"{file}: expected a mapping with the keys {', '.join(SECTIONS)}")
     for key in sorted(map(str, value.keys() - {*SECTIONS, *OPTIONAL})):
-        problems.append(f"{key}: unknown key; allowed: {', '.join([*SECTIONS, *OPTIONAL])}")
+        allowed = ", ".join([*SECTIONS, *OPTIONAL])
+        problems.append(f"{key if key.isprintable() else repr(key)}: unknown key; allowed: {allowed}")
     for key in [section for section in SECTIONS if section not in value]:
         problems.append(f"{key}: missing")
     named: dict[str, type[Block]] = {"plans": Plan, "datasets": Dataset}
@@ -352,7 +367,7 @@ def validate(value: Any, file: str = "params.yaml") -> None:
     for name, block in _section(value, "sources", problems).items():
         reader = block.get("reader") if isinstance(block, dict) else None
         if reader not in _choices(READERS):
-            problems.append(f"sources.{name}.reader = {reader!r}: must be one of {', '.join(_choices(READERS))}")
+            problems.append(f"sources.{name}.reader = {_shown(reader)}: must be one of {', '.join(_choices(READERS))}")
         else:
             settings = {key: item for key, item in block.items() if key != "reader"}
             _check_settings(f"{READERS}/{reader}", "read", settings, f"sources.{name}", problems)
@@ -474,16 +489,18 @@ def _section(value: dict[str, Any], section: str, problems: list[str], inside: s
     """The named blocks of a section that have a usable name."""
     blocks = value.get(section, {})
     if not isinstance(blocks, dict) or (section in value and not blocks):
-        problems.append(f"{inside}{section} = {blocks!r}: must be a mapping of name to block")
+        problems.append(f"{inside}{section} = {_shown(blocks)}: must be a mapping of name to block")
         return {}
     pattern = PLAN_NAME if section == "plans" else NAME_PATTERN
     good = {}
     for name, block in blocks.items():
-        if isinstance(name, str) and re.match(pattern, name):
+        if isinstance(name, str) and re.fullmatch(pattern, name) and len(name) <= ranges.LONGEST:
             good[name] = block
         else:
+            shown = name if isinstance(name, str) and name.isprintable() else _shown(name)
             problems.append(
-                f"{inside}{section}.{name}: a name is lower-case letters and digits, parted by '_', not {name!r}"
+                f"{inside}{section}.{shown}: a name is lower-case letters and digits, parted by '_', at most "
+                f"{ranges.LONGEST} characters"
             )
     return good
 
@@ -497,7 +514,9 @@ def _check_names(value: dict[str, Any], problems: list[str]) -> None:
 
     def check(key: str, name: Any, section: str) -> None:
         if isinstance(name, str) and name not in known(section):
-            problems.append(f"{key} = {name!r}: not in {section}; there are {', '.join(map(str, known(section)))}")
+            problems.append(
+                f"{key} = {_shown(name)}: not in {section}; there are {', '.join(map(str, known(section)))}"
+            )
 
     for plan in known("plans"):
         block = value["plans"][plan]
@@ -510,6 +529,10 @@ def _check_names(value: dict[str, Any], problems: list[str]) -> None:
         experts = block.get("fuse") if isinstance(block, dict) else None
         for name in experts if isinstance(experts, list) else []:
             check(f"methods.{method}.fuse", name, "methods")
+            if isinstance(name, str) and name in methods and kind(name, methods[name])[0] == "fuse":
+                problems.append(
+                    f"methods.{method}.fuse = {name!r}: is fused itself; allowed are methods with a network"
+                )
     for plan in known("plans"):
         if isinstance(value["plans"][plan], dict):
             _check_kinds(plan, value["plans"][plan], methods, problems)
@@ -521,18 +544,22 @@ def _check_names(value: dict[str, Any], problems: list[str]) -> None:
 
 def _check_kinds(plan: str, block: dict[str, Any], methods: dict[str, Any], problems: list[str]) -> None:
     """The lists `trained`, `refit`, `fuse` of a plan are its methods of that kind; what they start from is there."""
-    chosen = [name for name in block.get("methods") or [] if name in methods]
+    given = block.get("methods")
+    chosen = [name for name in given if isinstance(name, str) and name in methods] if isinstance(given, list) else []
     kinds: dict[str, list[str]] = {"loss": [], "refit": [], "fuse": []}
     for name in chosen:
         kinds[kind(name, methods[name])[0]].append(name)
     needed = {*(["ce"] if kinds["refit"] else [])}
     for name in kinds["fuse"]:
-        needed |= set(methods[name]["fuse"])
+        experts = methods[name]["fuse"]
+        needed |= {expert for expert in experts if isinstance(expert, str)} if isinstance(experts, list) else set()
     all_trained = not kinds["refit"] and not kinds["fuse"]
     for key, expected in (("trained", kinds["loss"]), ("refit", kinds["refit"]), ("fuse", kinds["fuse"])):
         given = block.get(key, expected if all_trained or not expected else None)
         if given != expected:
-            problems.append(f"plans.{plan}.{key} = {given}: must be {expected}, the plan's methods of that kind")
+            problems.append(
+                f"plans.{plan}.{key} = {_shown(given)}: must be {expected}, the plan's methods of that kind"
+            )
     if missing := sorted(needed - set(chosen)):
         problems.append(f"plans.{plan}.methods: lacks {', '.join(missing)}, which others of them start from")
 
@@ -543,28 +570,43 @@ def load(path: str | Path = "params.yaml") -> dict[str, Any]:
     Raises ParamsError when it is missing, no YAML, has a key twice, or does not fit the schema.
     """
     try:
-        value = yaml.load(Path(path).read_text(), Loader=_UniqueKeys)
+        text = Path(path).read_text(encoding="utf-8")
+        _check_depth(text)
+        value = yaml.load(text, Loader=_UniqueKeys)
     except FileNotFoundError:
         raise ParamsError(f"{path}: no such file") from None
-    except yaml.YAMLError as error:
+    except UnicodeDecodeError as error:
+        raise ParamsError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
+    except (yaml.YAMLError, ValueError) as error:  # a date without a day, a number of 5,000 digits
         raise ParamsError(f"{path}: not valid YAML: {error}") from error
     validate(value, str(path))
-    return value
+    found: dict[str, Any] = value
+    return found
 
 
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the compiled one, seven times as fast, where it is there
+def _check_depth(text: str) -> None:
+    """Raise ValueError for YAML that is nested deeper than params are: PyYAML ends Python with a segmentation fault."""
+    depth = 0
+    for event in yaml.parse(text, Loader=Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            line = event.start_mark.line + 1 if event.start_mark else "?"
+            raise ValueError(f"nested {depth} deep in line {line}")
 
 
-class _UniqueKeys(_Loader):  # type: ignore[misc]
+class _UniqueKeys(Loader):
     """YAML keeps the last of two equal keys without a word; here that is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
-        for key_node, _ in node.value:
+        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, (str, int, float, type(None))):
+                raise yaml.constructor.ConstructorError(None, None, f"no key: {_shown(key)}", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} is there twice", key_node.start_mark
                 )
             seen.add(key)
-        return super().construct_mapping(node, deep)
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found

@@ -23,13 +23,16 @@ __all__ = [
     "Url",
 ]
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9]+(_[a-z0-9]+)*$")]  # no '-': it separates a stage name's parts
+LONGEST = 50  # characters of a name: those of a cell are one file's name, which has 255
+Name = Annotated[  # no '-': it separates a stage name's parts
+    str, Field(pattern=r"^[a-z0-9]+(_[a-z0-9]+)*$", max_length=LONGEST)
+]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Numbers = Annotated[list[float], Field(min_length=1)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=10**6)]
 
 
 def _one_for_each(value: Any) -> Any:
