@@ -248,3 +248,57 @@ def test_built_once(tmp_path, monkeypatch):
     made = first.stat().st_mtime_ns
     assert kernels.build() == first and first.stat().st_mtime_ns == made
     assert [path.name for path in first.parent.iterdir()] == [first.name]
+
+
+@needs_compiler
+@pytest.mark.parametrize("cut", [0, 1000, -1])
+def test_a_library_that_was_cut_short_is_built_again(tmp_path, monkeypatch, cut):
+    """Loading one that is not empty ends Python with a bus error."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = kernels.build()
+    whole = first.read_bytes()
+    first.write_bytes(whole[:cut])
+    again = kernels.build()
+    assert again.read_bytes()[: cut or None] == whole[: cut or None] and len(again.read_bytes()) == len(whole)
+    assert kernels.library.__wrapped__() is not None
+    assert [path.name for path in again.parent.iterdir()] == [again.name]
+
+
+@needs_compiler
+def test_a_library_that_another_could_have_put_there_is_not_taken(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = kernels.build()
+    made = first.stat().st_mtime_ns
+    assert stat.S_IMODE(first.parent.stat().st_mode) == 0o700 and stat.S_IMODE(first.stat().st_mode) == 0o700
+    first.parent.chmod(
+        0o777
+    )  # a folder that others can write to is the user's alone again; its libraries are looked at
+    assert kernels.build() == first and first.stat().st_mtime_ns == made
+    assert stat.S_IMODE(first.parent.stat().st_mode) == 0o755
+    first.chmod(0o720)
+    assert kernels.build() == first and first.stat().st_mtime_ns > made
+    first.rename(tmp_path / "elsewhere.so")
+    first.symlink_to(tmp_path / "elsewhere.so")
+    assert not kernels.build().is_symlink()
+    monkeypatch.setattr(kernels.os, "geteuid", lambda: first.stat().st_uid + 1)
+    with pytest.raises(PermissionError, match="longtail belongs to another user: remove it, or set XDG_CACHE_HOME"):
+        kernels.build()
+
+
+@needs_compiler
+def test_a_compiler_may_have_words_after_it(tmp_path, monkeypatch):
+    """As `ccache g++`."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (compiler,) = kernels.find_compiler()
+    wrapper = tmp_path / "my wrapper"
+    wrapper.write_text('#!/bin/sh\nexec "$@"\n')
+    wrapper.chmod(0o755)
+    for text in (f"'{wrapper}' {compiler}", f"{compiler} -g0", f"env {compiler}"):
+        monkeypatch.setenv("CXX", text)
+        assert kernels.build().exists()
+    spaced = tmp_path / "c++ of mine"
+    spaced.symlink_to(compiler)
+    monkeypatch.setenv("CXX", str(spaced))
+    assert kernels.find_compiler() == [str(spaced)] and kernels.build().exists()
+    monkeypatch.setenv("CXX", "'no end")
+    assert kernels.library.__wrapped__() is None

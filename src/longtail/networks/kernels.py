@@ -7,7 +7,9 @@ channels is mostly that. Where there is no compiler, PyTorch's operations are us
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC"]
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 LANES = 16  # of kernels.cpp: channels that are handled together
 POINTER, NUMBER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
@@ -35,7 +38,7 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         compiled = ctypes.CDLL(str(build()))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, ValueError, subprocess.SubprocessError) as error:  # ValueError: a quote in CXX without its end
         stderr = getattr(error, "stderr", None) or str(error)
         reason = stderr.strip().splitlines()[-1] if stderr.strip() else type(error).__name__
         print(f"longtail: training without compiled kernels, which is slower ({reason})", file=sys.stderr)
@@ -57,24 +60,50 @@ def library() -> ctypes.CDLL | None:
 def build() -> Path:
     """Compile kernels.cpp for this processor into the user's cache, unless it is there; returns the library's path.
 
-    Raises OSError without a compiler or a place to write, and CalledProcessError when compiling fails.
+    The name ends with the SHA-256 of its content, so that one that was cut short is built again. A library runs with
+    the user's rights: what others can write to is not taken.
+
+    Raises OSError without a compiler or a place of one's own to write, and CalledProcessError when compiling fails.
     """
     compiler = find_compiler()
     # what -march=native stands for is part of what is built: a cache may be shared by different machines
-    machine = _output(compiler, "-march=native", "-E", "-dM", "-x", "c++", os.devnull)
-    built_from = [_output(compiler, "--version"), machine, *FLAGS, SOURCE.read_text()]
+    machine = _output(*compiler, "-march=native", "-E", "-dM", "-x", "c++", os.devnull)
+    built_from = [_output(*compiler, "--version"), machine, *FLAGS, SOURCE.read_text()]
     name = hashlib.sha256("\0".join(built_from).encode()).hexdigest()[:16]
-    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    target = Path(cache_home) / "longtail" / f"kernels-{name}.so"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            made, linked = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
-            _output(compiler, *FLAGS, "-c", SOURCE, "-o", made)
-            # linked without -fopenmp: the threads are those of PyTorch's own OpenMP library, not of a second one
-            _output(compiler, "-shared", made, "-o", linked)
-            linked.replace(target)
+    folder = _own_folder(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longtail")
+    for path in folder.glob(f"kernels-{name}-*.so"):
+        if _is_own(path) and path.stem.endswith(_digest(path)):
+            return path
+        path.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        made, linked = Path(work) / "kernels.o", Path(work) / "kernels.so"
+        _output(*compiler, *FLAGS, "-c", SOURCE, "-o", made)
+        # linked without -fopenmp: the threads are those of PyTorch's own OpenMP library, not of a second one
+        _output(*compiler, "-shared", made, "-o", linked)
+        linked.chmod(0o700)
+        target: Path = linked.replace(folder / f"kernels-{name}-{_digest(linked)}.so")
     return target
+
+
+def _own_folder(folder: Path) -> Path:
+    """The folder, made where there is none, which nobody else can write to. Raises PermissionError for another's."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid != os.geteuid():
+        raise PermissionError(f"{folder} belongs to another user: remove it, or set XDG_CACHE_HOME")
+    if found.st_mode & OTHERS_WRITE:
+        folder.chmod(found.st_mode & ~OTHERS_WRITE)
+    return folder
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a file is the user's own, and nobody else can write to it."""
+    found = path.lstat()
+    return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & OTHERS_WRITE
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def has_weight_gradients() -> bool:
@@ -89,17 +118,20 @@ def amx() -> bool:
     return torch.cpu._is_amx_tile_supported() and (allowed in ("ALL", "DEFAULT") or "AMX" in allowed)
 
 
-def find_compiler() -> str:
-    """CXX, or the first compiler on the PATH. Raises FileNotFoundError without one."""
+def find_compiler() -> list[str]:
+    """CXX, which may have words after it (`ccache g++`), or the first compiler on the PATH.
+
+    Raises FileNotFoundError without one.
+    """
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
         raise FileNotFoundError("no C++ compiler: none of c++, g++, clang++ is on the PATH")
-    return compiler
+    return [compiler] if Path(compiler).is_file() else shlex.split(compiler)
 
 
 def compiler_version() -> str:
     """The first line of what the compiler says of itself. Raises as `build`."""
-    return _output(find_compiler(), "--version").splitlines()[0]
+    return _output(*find_compiler(), "--version").splitlines()[0]
 
 
 def _output(*command: str | Path) -> str:
