@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -432,6 +433,87 @@ def test_a_dead_server_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(TrackingError, match=r"MLflow cannot use http://127\.0\.0\.1:9"):
         sync(root)
+
+
+def lock_it(root: Path) -> sqlite3.Connection:
+    held = sqlite3.connect(root / "mlflow.db")
+    held.execute("begin exclusive")
+    return held
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda path: path.write_bytes(b"x" * 5000),
+            r"file is not a database\): move it away, and `longtail track` makes",
+        ),
+        (
+            lambda path: path.write_bytes(path.read_bytes()[:200_000]),
+            r"malformed\): move it away, and `longtail track`",
+        ),
+        (lambda path: lock_it(path.parent), r"database is locked\): another program writes to it: end that"),
+        (lambda path: (path.unlink(), path.mkdir()), r"unable to open database file\): move it away"),
+    ],
+)
+def test_a_store_that_cannot_be_used_is_one_line(root: Path, damage: Any, message: str) -> None:
+    keep = damage(root / "mlflow.db")
+    with pytest.raises(TrackingError, match=rf"MLflow cannot use sqlite:///.*mlflow.db \(.*{message}") as caught:
+        sync(root)
+    assert "\n" not in str(caught.value)
+    del keep
+
+
+def test_a_folder_as_store_is_told_what_to_do(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", str(root / "runs_of_mine"))
+    with pytest.raises(TrackingError, match=r"runs_of_mine is a folder.*unset.*MLFLOW_ALLOW_FILE_STORE=true"):
+        sync(root)
+
+
+def test_a_deleted_experiment_is_told_how_to_come_back(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync(root)
+    store = client(root)
+    experiment = store.get_experiment_by_name("longtail")
+    assert experiment is not None
+    store.delete_experiment(experiment.experiment_id)
+    with pytest.raises(TrackingError, match=r"is deleted; `(.*)` brings it back") as caught:
+        sync(root)
+    command = re.search(r"`(.*)`", str(caught.value))
+    assert command is not None
+    subprocess.run(command[1], shell=True, check=True, capture_output=True, cwd=root)
+    assert sync(root).unchanged == 2
+
+
+def test_a_copied_checkout_does_not_write_into_the_original(
+    root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    files.write_text(root / "results" / "quick" / "table.md", "| 1 |")
+    sync(root)
+    copy = tmp_path_factory.mktemp("copied") / "root"
+    shutil.copytree(root, copy)
+    files.write_text(copy / "results" / "quick" / "table.md", "| 2 |")
+    with pytest.raises(TrackingError, match=rf"was made in {root}, .*: the checkout was copied or moved; remove"):
+        sync(copy)
+    (stored,) = (root / "mlruns").rglob("table.md")
+    assert stored.read_text() == "| 1 |"
+    (copy / "mlflow.db").unlink()
+    shutil.rmtree(copy / "mlruns")
+    code = "from longtail.tracking.runs import sync; print(sync('.').created)"  # MLflow keeps a database open
+    done = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True, check=True)
+    assert done.stdout == "2\n"
+    (stored,) = (copy / "mlruns").rglob("table.md")
+    assert stored.read_text() == "| 2 |"
+
+
+def test_no_password_is_printed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    for uri in ("http://me:sesame@127.0.0.1:9", "postgresql://me:sesame@127.0.0.1:9/runs"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        with pytest.raises((TrackingError, ImportError)) as caught:
+            sync(root)
+        assert "sesame" not in str(caught.value)
+    assert tracking.shown("http://me:a/b@host/x") == "http://me:a/b@host/x"  # no URI has a slash in a password
+    assert tracking.shown("sqlite:///mlflow.db") == "sqlite:///mlflow.db"
 
 
 def test_track_says_where_to_look(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

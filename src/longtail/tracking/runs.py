@@ -18,6 +18,7 @@ import getpass
 import hashlib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -37,7 +38,7 @@ from longtail.workflow.locks import one_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric, Run
+    from mlflow.entities import Experiment, Metric, Run
 
 EXPERIMENT = "longtail"
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # or the page opens on traces of agents
@@ -103,7 +104,9 @@ def open_store(root: Path) -> Iterator[Store]:
     Making the tables takes seconds and fails when two processes do it; looking for a run and then creating it
     would double runs. Both are safe on one machine; two machines on one server must not sync at a time.
 
-    Raises TrackingError when MLflow cannot use the store.
+    Raises TrackingError, which says what to do, when MLflow cannot use the store, when it was made in another folder (a
+    copied or moved checkout: the store keeps absolute paths, and artifacts would go there), and when the experiment is
+    deleted.
     """
     uri, database = location(root)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -115,6 +118,7 @@ def open_store(root: Path) -> Iterator[Store]:
         flock(file, wait=True)
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
 
         try:
             client = MlflowClient(tracking_uri=uri)
@@ -123,9 +127,50 @@ def open_store(root: Path) -> Iterator[Store]:
                 folder = str(database.parent / "mlruns") if database else None
                 created = client.create_experiment(EXPERIMENT, folder, tags=EXPERIMENT_TAGS)
                 experiment = client.get_experiment(created)
+            _check_experiment(experiment, shown(uri), database)
             yield Store(client, experiment.experiment_id, experiment.artifact_location, uri)
         except MlflowException as error:
-            raise TrackingError(f"MLflow cannot use {uri} ({one_line(error)})") from error
+            if "MLFLOW_ALLOW_FILE_STORE" in str(error):
+                raise TrackingError(
+                    f"{shown(uri)} is a folder, and MLflow keeps runs in databases: unset MLFLOW_TRACKING_URI (then "
+                    f"it is mlflow.db here), or set it to sqlite:///{uri.removeprefix('file://')}/mlflow.db or to the "
+                    "address of a server; MLFLOW_ALLOW_FILE_STORE=true has MLflow take the folder"
+                ) from error
+            raise TrackingError(f"MLflow cannot use {shown(uri)} ({_hidden(one_line(error), uri)})") from error
+        except SQLAlchemyError as error:
+            said = one_line(getattr(error, "orig", None) or error)
+            what = (
+                "another program writes to it: end that (`mlflow ui`? a copy?), then track again" if "locked" in said
+                else "move it away, and `longtail track` makes another one out of the results" if database
+                else "is the server there, and the password right?"
+            )  # fmt: skip
+            raise TrackingError(f"MLflow cannot use {shown(uri)} ({_hidden(said, uri)}): {what}") from error
+
+
+def _check_experiment(experiment: "Experiment", uri: str, database: Path | None) -> None:
+    if experiment.lifecycle_stage == "deleted":
+        number = experiment.experiment_id
+        raise TrackingError(
+            f"the experiment {EXPERIMENT!r} of {uri} is deleted; `MLFLOW_TRACKING_URI={uri} mlflow experiments restore "
+            f"--experiment-id {number}` brings it back"
+        )
+    place = Path(experiment.artifact_location.removeprefix("file://"))
+    if database and place.name == "mlruns" and place.parent.resolve() != database.parent.resolve():  # as we make it
+        raise TrackingError(
+            f"{database} was made in {place.parent}, and would put its artifacts there: the checkout was copied or "
+            f"moved; remove {database} (and mlruns beside it), and `longtail track` makes them again out of the results"
+        )
+
+
+def shown(uri: str) -> str:
+    """A tracking URI without the password that may be in it."""
+    return re.sub(r"(?<=://)([^/@:]*):[^/]*@", r"\1:***@", uri)
+
+
+def _hidden(text: str, uri: str) -> str:
+    """What MLflow says, without the password of the URI."""
+    found = re.search(r"(?<=://)[^/@:]*:([^/]*)@", uri)
+    return text.replace(found[1], "***") if found and found[1] else text
 
 
 def _plan_run(store: Store, runs: "Iterable[Run]", plan: str) -> "Run":
@@ -200,7 +245,7 @@ def sync(root: str | Path, plans: Sequence[str] | None = None) -> Summary:
                 others = [run for run in same if run.info.run_id != current]
                 counts["superseded"] += sum(_supersede(store, root, run, result) for run in others)
             for plan, parent in parents.items():
-                notes += _upload(store, root, plan, parent)
+                _upload(store, root, plan, parent)
     return Summary(**counts, notes=tuple(notes), page=page)
 
 
@@ -287,11 +332,8 @@ def _writes(root: Path, training: str) -> bool:
         return False
 
 
-def _upload(store: Store, root: Path, plan: str, parent: "Run") -> list[str]:
-    """Attach the plan's table and page where they changed; return notes of what could not be."""
-    place = Path(store.artifacts.removeprefix("file://"))
-    if place.is_absolute() and not place.exists() and not place.parent.exists():
-        return [f"{plan}: no artifacts: the store was made in {place.parent}; remove it and track again"]
+def _upload(store: Store, root: Path, plan: str, parent: "Run") -> None:
+    """Attach the plan's table and page where they changed."""
     for name in ARTIFACTS:
         path, tag = root / "results" / plan / name, f"longtail.md5.{name}"
         if path.is_file():
@@ -299,7 +341,6 @@ def _upload(store: Store, root: Path, plan: str, parent: "Run") -> list[str]:
             if parent.data.tags.get(tag) != md5:
                 store.client.log_artifact(parent.info.run_id, str(path))
                 store.client.set_tag(parent.info.run_id, tag, md5)
-    return []
 
 
 def _note(result: Result) -> str:
@@ -354,7 +395,7 @@ def track(root: str | Path, plans: Sequence[str] | None = None) -> None:
             print(f"{table.parent.name}: {_near(table)}" + (f", page {_near(page)}" if page.exists() else ""))
     uri, database = location(root)
     if database is None:
-        print(f"runs: {uri.rstrip('/')}{summary.page}")
+        print(f"runs: {shown(uri).rstrip('/')}{summary.page}")
     else:
         store = shlex.quote(f"sqlite:///{_near(database)}")
         # one reader needs one worker and no job runners: 0.4 GB instead of 2.3
