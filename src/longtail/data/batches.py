@@ -27,7 +27,10 @@ ORDER, AUGMENT, MIX = range(3)
 
 @dataclass(frozen=True)
 class Split:
-    """Images (N, channels, H, W) uint8 and labels (N,) int64 in 0..C-1, on one device."""
+    """Images (N, channels, H, W) uint8 and labels (N,) int64 in 0..C-1, on one device.
+
+    Features of a frozen backbone are images of one pixel, (N, D, 1, 1) float32.
+    """
 
     images: Tensor
     labels: Tensor
@@ -40,13 +43,14 @@ class Split:
     def from_arrays(
         cls, images: np.ndarray, labels: np.ndarray, num_classes: int, device: torch.device | str
     ) -> "Split":
-        """Check images (N, H, W, channels) uint8 and labels (N,) and move them to the device.
+        """Check images (N, H, W, channels) uint8, or features (N, 1, 1, D) float32, and labels (N,); move them there.
 
         N may be 0. Raises ValueError for other shapes and types, and for a label not in 0..C-1.
         """
-        if images.ndim != 4 or images.dtype != np.uint8:
+        features = images.dtype == np.float32 and images.shape[1:3] == (1, 1)
+        if images.ndim != 4 or (images.dtype != np.uint8 and not features):
             given = f"{images.dtype} of shape {images.shape}"
-            raise ValueError(f"images are {given}, not uint8 (N, H, W, channels)")
+            raise ValueError(f"images are {given}, not uint8 (N, H, W, channels), nor features, float32 (N, 1, 1, D)")
         if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
             given = f"{labels.dtype} of shape {labels.shape}"
             raise ValueError(f"labels are {given}, not whole numbers ({len(images)},)")
@@ -84,7 +88,8 @@ def normalizer(
     """A function from uint8 images (B, channels, H, W) to (x / 255 - mean) / std in float32.
 
     `mean` and `std` are fractions of the full value, one for each channel; `channels_last` chooses
-    the memory format. Raises ValueError when they do not fit each other, when a std is not above 0,
+    the memory format. Features, float32, become (x - mean) / std, with one value for all of them.
+    Raises ValueError when they do not fit each other, when a std is not above 0,
     and at the call when the images have other channels.
     """
     if len(mean) != len(std):
@@ -96,6 +101,8 @@ def normalizer(
     scale = torch.tensor(std, dtype=torch.float32, device=device)[:, None, None]
 
     def normalize(images: Tensor) -> Tensor:
+        if images.dtype == torch.float32 and len(shift) == 1:
+            return (images - shift) / scale
         if images.shape[1] != len(shift):
             raise ValueError(f"images have {images.shape[1]} channels, mean has {len(shift)}")
         return images.contiguous(memory_format=layout).float().div_(255).sub_(shift).div_(scale)
@@ -166,7 +173,8 @@ def epoch(
     normalize = normalizer(mean, std, channels_last=channels_last, device=split.images.device)
     order = draw_order(split, class_balanced=class_balanced, generator=torch_generator(seed, ORDER, epoch))
     order = order[: batches * batch_size]
-    per_chunk = max(1, CHUNK_PIXELS // (batch_size * height * width))
+    pixels = max(height * width, split.images.shape[1] * height * width // 3)  # features are many channels of one pixel
+    per_chunk = max(1, CHUNK_PIXELS // (batch_size * pixels))
     draw = partial(draw_mixing, height=height, width=width, mixup_alpha=mixup_alpha, cutmix_alpha=cutmix_alpha)
 
     def later_batches() -> Iterator[Batch]:

@@ -1,4 +1,4 @@
-"""ResNets for small and large images, experts on a shared trunk; on a CPU around compiled kernels."""
+"""ResNets and heads on frozen features, experts on a shared trunk; pretrained backbones; compiled kernels for a CPU."""
 
 from longtail.networks.resnets import (
     ARCHITECTURES,
@@ -6,6 +6,7 @@ from longtail.networks.resnets import (
     Apart,
     Block,
     CosineHead,
+    HeadsOnFeatures,
     LargeResNet,
     LinearHead,
     Network,
@@ -27,6 +28,7 @@ __all__ = [
     "Apart",
     "Block",
     "CosineHead",
+    "HeadsOnFeatures",
     "LargeResNet",
     "LinearHead",
     "Network",

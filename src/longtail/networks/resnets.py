@@ -2,8 +2,9 @@
 
 ResNets for 32x32 images (He et al., CVPR 2016, section 4.2; depth 6n + 2, shortcut option A: subsample and pad with
 zeros) and for larger ones (torchvision's blocks). The stem and the first groups of blocks are shared; the last two
-groups and the head belong to each expert (Sanchez Aimar et al., CVPR 2023). A network carries its own settings and its
-normalisation, so a weights file says all that prediction needs.
+groups and the head belong to each expert (Sanchez Aimar et al., CVPR 2023). On the features of a frozen backbone there
+are heads alone. A network carries its own settings and its normalisation, so a weights file says all that prediction
+needs.
 
 B batch, C classes, E experts, D features.
 """
@@ -302,6 +303,61 @@ class LargeResNet(Network):
         return torch.stack([expert(x) for expert in self.experts])
 
 
+class FeatureExpert(nn.Module):
+    """The part that an expert on frozen features has to itself: a hidden layer, where one is asked for, and a head."""
+
+    def __init__(self, features: int, hidden: int, classes: int, head: str, scale: float):
+        super().__init__()
+        self.hidden = nn.Sequential(nn.Linear(features, hidden), nn.ReLU()) if hidden else nn.Identity()
+        self.head = HEADS[head](hidden or features, classes, scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.hidden(x))
+
+
+class HeadsOnFeatures(Network):
+    """One or more experts on features that a frozen backbone gave: linear probing, with every loss and second stage.
+
+    Features are what images of one pixel would be, (B, D, 1, 1) float32. The losses need no more than logits, so an
+    expert here is a head of its own, with a hidden layer where there is one.
+
+    Args:
+        hidden: units of each expert's hidden layer (ReLU); 0 for none.
+        standardize: batch norm without weights before all else, as is usual in probing (He et al., CVPR 2022, A.1):
+            features of backbones differ in scale by orders of magnitude, learning rates then need not.
+        channels: D.
+        mean, std: one value for all features, of the recipe.
+        the others: as those of ResNet.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden: int,
+        standardize: bool,
+        channels: int,
+        classes: int,
+        experts: int,
+        head: str,
+        scale: float,
+        mean: list[float],
+        std: list[float],
+    ):
+        nn.Module.__init__(self)  # Network's would ask for a mean and std a channel
+        self.settings = {
+            "hidden": hidden, "standardize": standardize, "channels": channels, "classes": classes, "experts": experts,
+            "head": head, "scale": scale, "mean": mean, "std": std,
+        }  # fmt: skip
+        self.norm = nn.BatchNorm1d(channels, affine=False) if standardize else nn.Identity()
+        self.experts = nn.ModuleList(FeatureExpert(channels, hidden, classes, head, scale) for _ in range(experts))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features (B, D, 1, 1) to logits (E, B, C), in float32 whatever the recipe's precision."""
+        with torch.autocast(images.device.type, enabled=False):
+            x = self.norm(images.flatten(1).float())
+            return torch.stack([expert(x) for expert in self.experts])
+
+
 class Apart(Network):
     """Networks that share nothing, as one: its experts are those of all of them.
 
@@ -322,9 +378,12 @@ class Apart(Network):
 
 
 def build(**settings: Any) -> Network:
-    """The network of these settings: Apart, a LargeResNet where they name an architecture, or a CIFAR ResNet."""
+    """The network of these settings: Apart, HeadsOnFeatures where they say how many hidden units, a LargeResNet where
+    they name an architecture, or a CIFAR ResNet."""
     if "apart" in settings:
         return Apart([build(**one) for one in settings["apart"]])
+    if "hidden" in settings:
+        return HeadsOnFeatures(**settings)
     return LargeResNet(**settings) if "architecture" in settings else ResNet(**settings)
 
 
