@@ -83,7 +83,7 @@ BAD = [
     (
         "datasets.digits_if20.profile",
         "linear",
-        "profile = 'linear': input should be 'exponential' or 'step'",
+        "profile = 'linear': input should be 'exponential', 'step', 'as_is' or 'further'",
     ),
     ("datasets.digits_if20.draw", "random", "draw = 'random': input should be 'ldam', 'first' or 'own'"),
     ("plans.quick.published", {"other": "digits_if20"}, "published names other, which is not among the plan's data"),

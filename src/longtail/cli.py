@@ -65,7 +65,7 @@ def run(plan: str, only: str, jobs: int) -> int:
     chosen = [cell for cell in cells if fnmatch.fnmatchcase(cell.name, only)]
     if not chosen:
         raise ValueError(f"--only {only!r} matches none of {', '.join(cell.name for cell in cells)}")
-    datasets = [f"{SHARED}:subsample@{name}" for name in sorted({cell.dataset for cell in chosen})]
+    datasets = [pipeline.data(name, params) for name in sorted({cell.dataset for cell in chosen})]
     first = [f"{SHARED}:manifests", *datasets]
     # threads of two trainings on the same cores wait for each other: each gets its own share
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))

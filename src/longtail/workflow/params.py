@@ -16,6 +16,7 @@ from longtail.workflow.ranges import Count, Fraction, Name, NotNegative, Numbers
 
 LIBRARY = Path(__file__).parents[1]
 READERS = "data/sources"
+EMBEDDINGS = "embeddings"  # the reader whose arrays are features
 NAME_PATTERN = r"[a-z0-9]+(_[a-z0-9]+)*"
 PLAN_NAME = r"[a-z0-9]+([_-][a-z0-9]+)*"
 DEEPEST = 50
@@ -60,11 +61,17 @@ class Plan(Block):
 
 class Dataset(Block):
     source: Name
-    profile: Literal["exponential", "step"]
-    imbalance_factor: Annotated[float, Field(ge=1)]
+    profile: Literal["exponential", "step", "as_is", "further"]
+    imbalance_factor: Annotated[float, Field(ge=1)] | None = None
     draw: Literal["ldam", "first", "own"] = "own"
     seed: Seed
     held_out: Fraction
+
+    @model_validator(mode="after")
+    def _a_factor_where_something_is_cut(self) -> "Dataset":
+        if (self.profile == "as_is") != (self.imbalance_factor is None):
+            raise ValueError("imbalance_factor belongs to every profile but as_is, which cuts nothing")
+        return self
 
 
 class Optimizer(Block):
@@ -166,6 +173,11 @@ class LargeNetwork(Network):
     architecture: Literal["resnet10", "resnet50", "resnet152", "resnext50_32x4d"]
 
 
+class FeatureNetwork(Network):
+    hidden: Annotated[int, Field(ge=0)]
+    standardize: bool
+
+
 class Recipe(Block):
     epochs: Count
     batch_size: Annotated[int, Field(ge=2, le=2**20)]
@@ -203,6 +215,29 @@ class CifarRecipe(Recipe):
 
 class LargeRecipe(Recipe):
     network: LargeNetwork
+
+
+class FeatureRecipe(Recipe):
+    """A recipe for heads on frozen features: what only images have is left out."""
+
+    network: FeatureNetwork
+
+    @model_validator(mode="after")
+    def _nothing_that_needs_images(self) -> "FeatureRecipe":
+        off = {"crop_padding": 0, "flip": False, "policy": "none", "color_jitter": [0] * 4, "rotation": 0, "cutout": 0}
+        changed = [f"augmentation.{key}" for key, value in off.items() if getattr(self.augmentation, key) != value]
+        changed += [key for key in ("cutmix_alpha",) if getattr(self, key)]
+        changed += ["resolution"] if self.resolution.milestones else []
+        changed += ["optimizer.muon_lr"] if self.optimizer.muon_lr else []
+        changed += ["normalization"] if len(self.normalization.mean) != 1 else []
+        if changed:
+            raise ValueError(f"heads on features (network.hidden) have no images: {', '.join(changed)} must be off")
+        return self
+
+
+class Features(Block):
+    dataset: Name
+    backbone: Name
 
 
 class Fuse(Block):
@@ -248,7 +283,9 @@ class Fisher(Block):
         return self
 
 
-SECTIONS = ("plans", "sources", "datasets", "recipes", "methods", "align", "evaluate", "fisher")
+SECTIONS = (
+    "plans", "sources", "datasets", "backbones", "features", "recipes", "methods", "align", "evaluate", "fisher",
+)  # fmt: skip
 OPTIONAL = ("incremental",)
 
 
@@ -350,20 +387,23 @@ def validate(value: Any, file: str = "params.yaml") -> None:
         problems.append(f"{key if key.isprintable() else repr(key)}: unknown key; allowed: {allowed}")
     for key in [section for section in SECTIONS if section not in value]:
         problems.append(f"{key}: missing")
-    named: dict[str, type[Block]] = {"plans": Plan, "datasets": Dataset}
+    named: dict[str, type[Block]] = {"plans": Plan, "datasets": Dataset, "features": Features}
     for section, model in named.items():
         for name, block in _section(value, section, problems).items():
             _validated(model, block, f"{section}.{name}", problems)
     for name, block in _section(value, "recipes", problems).items():
         network = block.get("network") if isinstance(block, dict) else None
-        large = isinstance(network, dict) and "architecture" in network
-        _validated(LargeRecipe if large else CifarRecipe, block, f"recipes.{name}", problems)
+        keys = network if isinstance(network, dict) else {}
+        model = FeatureRecipe if "hidden" in keys else LargeRecipe if "architecture" in keys else CifarRecipe
+        _validated(model, block, f"recipes.{name}", problems)
     singles: dict[str, type[Block]] = {"align": Align, "evaluate": Evaluate, "fisher": Fisher}
     for section, single in singles.items():
         if section in value:
             _validated(single, value[section], section, problems)
     for name, block in _section(value, "methods", problems).items():
         _check_method(name, block, problems)
+    for name, block in _section(value, "backbones", problems).items():
+        _check_settings("networks/backbones", "load", block, f"backbones.{name}", problems)
     for name, block in _section(value, "sources", problems).items():
         reader = block.get("reader") if isinstance(block, dict) else None
         if reader not in _choices(READERS):
@@ -523,7 +563,8 @@ def _check_names(value: dict[str, Any], problems: list[str]) -> None:
         for axis in ("datasets", "recipes", "methods"):
             names = block.get(axis) if isinstance(block, dict) else None
             for name in names if isinstance(names, list) else []:
-                check(f"plans.{plan}.{axis}", name, axis)
+                if axis != "datasets" or name not in known("features"):
+                    check(f"plans.{plan}.{axis}", name, axis)
     methods = value["methods"] if isinstance(value.get("methods"), dict) else {}
     for method, block in methods.items():
         experts = block.get("fuse") if isinstance(block, dict) else None
@@ -540,6 +581,33 @@ def _check_names(value: dict[str, Any], problems: list[str]) -> None:
         block = value["datasets"][dataset]
         if isinstance(block, dict):
             check(f"datasets.{dataset}.source", block.get("source"), "sources")
+    for name in known("features"):
+        block = value["features"][name]
+        if name in known("datasets"):
+            problems.append(f"features.{name}: datasets has that name, too; a plan could mean either")
+        if isinstance(block, dict):
+            check(f"features.{name}.dataset", block.get("dataset"), "datasets")
+            check(f"features.{name}.backbone", block.get("backbone"), "backbones")
+    _check_features(value, problems)
+
+
+def of_features(value: dict[str, Any], dataset: str) -> bool:
+    """Whether a data set has features in place of images: made by a backbone, or read as such."""
+    block = value["datasets"].get(dataset, {})
+    return dataset in value["features"] or value["sources"].get(block.get("source"), {}).get("reader") == EMBEDDINGS
+
+
+def _check_features(value: dict[str, Any], problems: list[str]) -> None:
+    """A plan's recipes are for what its data sets have: features or images."""
+    if problems:  # the blocks that follow are not what they should be
+        return
+    for plan, block in value["plans"].items():
+        for dataset in block["datasets"]:
+            for recipe in block["recipes"]:
+                features = "hidden" in value["recipes"][recipe]["network"]
+                if features != of_features(value, dataset):
+                    has, takes = ("features", "images") if not features else ("images", "features (network.hidden)")
+                    problems.append(f"plans.{plan}: {dataset} has {has}, and the recipe {recipe} takes {takes}")
 
 
 def _check_kinds(plan: str, block: dict[str, Any], methods: dict[str, Any], problems: list[str]) -> None:

@@ -46,6 +46,11 @@ def locks(root: Path) -> list[Path]:
     return sorted(root.glob(lock(file("*"))))
 
 
+def data(dataset: str, params: Mapping[str, Any]) -> str:
+    """The stage that makes a data set of a plan: a cut of a source, or features of one."""
+    return f"{SHARED}:{'features' if dataset in params['features'] else 'subsample'}@{dataset}"
+
+
 def text(plan: str, params: Mapping[str, Any]) -> str:
     """The content of a plan's pipeline file: its cells' stages, with second stages and readings where it has any.
 

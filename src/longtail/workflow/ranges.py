@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field
 
 __all__ = [
     "Biases",
+    "Channels",
     "Count",
     "Fraction",
     "Literal",
@@ -19,6 +20,7 @@ __all__ = [
     "Numbers",
     "Positive",
     "Seed",
+    "Sha256",
     "Share",
     "Url",
 ]
@@ -33,6 +35,7 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Numbers = Annotated[list[float], Field(min_length=1)]
 Count = Annotated[int, Field(ge=1, le=10**6)]
+Channels = Literal[1, 3]
 
 
 def _one_for_each(value: Any) -> Any:
