@@ -10,6 +10,9 @@ ordered by label: class 0 is the largest.
 Which images of a class are taken is a `draw`. The field's is that of Cao et al.'s released code, which RIDE, SADE and
 BalPoE took over with the images it gives: `ldam`, made to the image from the rows' places in the official archive.
 
+One's own data have a tail already: `as_is` keeps it, `further` cuts it down to the exponential profile below the
+largest class, where it is not below it anyway.
+
 N examples, C classes; `imbalance_factor` = largest class / smallest class, 1 or more.
 """
 
@@ -19,6 +22,7 @@ from typing import Any
 import numpy as np
 
 Arrays = dict[str, np.ndarray]
+OWN = ("as_is", "further")  # profiles of sources whose classes differ in size, test split included
 PLACES = "train_places"  # the array of a source that says where each row lies in the original release
 
 # A stream of its own for the held-out draw. Not 0: SeedSequence pads with zeros, so that
@@ -91,15 +95,16 @@ def drawn(
     labels: np.ndarray,
     *,
     profile: str,
-    imbalance_factor: float,
+    imbalance_factor: float | None,
     seed: int,
     draw: str = "own",
     places: np.ndarray | None = None,
 ) -> list[np.ndarray]:
     """Rows of a long-tailed subset of `labels` (N,), int64, an array a class, in the order in which they are drawn.
 
-    n_max is the size of the smallest class. A count takes the first so many rows of a class's whole order, which no
-    count changes: a larger imbalance_factor gives a subset of what a smaller one gives with the same draw and seed.
+    n_max is the size of the smallest class, for `further` that of the largest; `as_is` takes all, without a factor.
+    A count takes the first so many rows of a class's whole order, which no count changes: a larger imbalance_factor
+    gives a subset of what a smaller one gives with the same draw and seed.
 
     Args:
         draw: `own`: a permutation a class. `ldam`: that of Cao et al. (NeurIPS 2019); with seed 0 the subset that the
@@ -110,7 +115,7 @@ def drawn(
     that are missing or no numbering.
     """
     sizes = _class_sizes(labels, "labels")
-    counts = class_counts(profile, int(sizes.min()), len(sizes), imbalance_factor)
+    counts = _counts(profile, sizes, imbalance_factor)
     if draw not in DRAWS:
         raise ValueError(f"draw: {draw!r} is unknown; allowed are {', '.join(DRAWS)}")
     _check_seed(seed)
@@ -124,6 +129,19 @@ def drawn(
         _check_places(places, len(labels))
         rows = [of_class[np.argsort(places[of_class])] for of_class in rows]
     return [order[:count].astype(np.int64) for order, count in zip(DRAWS[draw](rows, seed), counts, strict=True)]
+
+
+def _counts(profile: str, sizes_C: np.ndarray, imbalance_factor: float | None) -> np.ndarray:
+    """How many of each class are taken (C,)."""
+    if (imbalance_factor is None) != (profile == "as_is"):
+        raise ValueError(
+            f"imbalance_factor: {imbalance_factor} with the profile {profile}: as_is has none, others need one"
+        )
+    if imbalance_factor is None:
+        return sizes_C
+    if profile == "further":
+        return np.minimum(sizes_C, class_counts("exponential", int(sizes_C.max()), len(sizes_C), imbalance_factor))
+    return class_counts(profile, int(sizes_C.min()), len(sizes_C), imbalance_factor)
 
 
 def subsample(labels: np.ndarray, **settings: Any) -> np.ndarray:
@@ -153,7 +171,7 @@ def cut(
     raw: Mapping[str, np.ndarray],
     *,
     profile: str,
-    imbalance_factor: float,
+    imbalance_factor: float | None = None,
     seed: int,
     held_out: float,
     draw: str = "own",
@@ -164,9 +182,9 @@ def cut(
     row numbers in the source's train split; the test split is passed on as it is.
 
     Raises ValueError naming the array, class or setting when the source is not what `sources`
-    promises, its test split is not balanced, or a setting is not allowed.
+    promises, its test split is not balanced (but for the profiles OWN), or a setting is not allowed.
     """
-    check_source(raw)
+    check_source(raw, balanced=profile not in OWN)
     rows = subsample(
         raw["train_labels"],
         profile=profile,
@@ -184,7 +202,7 @@ def cut(
     return arrays | {name: raw[name] for name in ("test_images", "test_labels", "class_names")}
 
 
-def check_source(raw: Mapping[str, np.ndarray]) -> None:
+def check_source(raw: Mapping[str, np.ndarray], *, balanced: bool = True) -> None:
     """Raise ValueError naming the array, class or row where `raw` breaks `sources`' promise."""
     names = ("train_images", "train_labels", "test_images", "test_labels", "class_names")
     if missing := [name for name in names if name not in raw]:
@@ -194,8 +212,12 @@ def check_source(raw: Mapping[str, np.ndarray]) -> None:
         raise ValueError(f"class_names: {_kind(class_names)}; allowed is text of shape (C,), each name once")
     for split in ("train", "test"):
         images, labels = raw[f"{split}_images"], raw[f"{split}_labels"]
-        if images.ndim != 4 or images.dtype != np.uint8:
-            raise ValueError(f"{split}_images: {_kind(images)}; allowed is uint8 of shape (N, H, W, channels)")
+        features = images.dtype == np.float32 and images.shape[1:3] == (1, 1)
+        if images.ndim != 4 or not (images.dtype == np.uint8 or features):
+            raise ValueError(
+                f"{split}_images: {_kind(images)}; allowed is uint8 of shape (N, H, W, channels), "
+                "and for features float32 of shape (N, 1, 1, D)"
+            )
         if labels.shape != images.shape[:1]:
             raise ValueError(f"{split}_labels: {_kind(labels)}; there are {len(images)} {split}_images")
         _class_sizes(labels, f"{split}_labels", class_names)
@@ -207,7 +229,7 @@ def check_source(raw: Mapping[str, np.ndarray]) -> None:
         )
     sizes = np.bincount(raw["test_labels"])
     usual = np.bincount(sizes).argmax()  # the size that most classes have: the odd one out is to blame
-    if odd := [label for label, size in enumerate(sizes) if size != usual]:
+    if balanced and (odd := [label for label, size in enumerate(sizes) if size != usual]):
         raise ValueError(
             f"test_labels: class {odd[0]} ({class_names[odd[0]]}) has {sizes[odd[0]]} images "
             f"where others have {usual}; the test split must be balanced"

@@ -7,6 +7,9 @@ Every reader exports `read(folder, **settings)` and returns the arrays of data/r
     class_names   unicode (C,)
     train_places  int64 (N,), where it is known: each train row's number in the original release, from 0
 
+Where a source has features in place of images, they are float32 (N, 1, 1, D): images of one pixel. The test split is
+balanced; that of one's own data as far as the counts allow, and their classes come in the order of their size.
+
 Rows are sorted by class and then by the order the source itself gives (file name, or row number),
 so that the same images give the same bytes wherever they were read from.
 """

@@ -1,0 +1,75 @@
+"""Features that somebody already has: a table of labels, and a row of numbers for each of its lines.
+
+The table is CSV or Parquet with the column `label`, and may have `group` and `split`. The features are an .npy file
+beside it, (N, D), or the Parquet's own column `features`, a list of D numbers each.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from longtail.data import listing, own
+from longtail.workflow.ranges import Count, Fraction, Seed, Sha256
+
+
+def look(labels: str | Path, features: str | Path | None) -> tuple[list[listing.Row], np.ndarray, str]:
+    """Rows, features (N, D) float32, and the SHA-256 of both.
+
+    Raises ValueError naming the file that is missing, has other rows or another shape, or a number that is not finite.
+    """
+    path = Path(labels).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such table")
+    columns = listing.table(path)
+    if features is None:
+        if "features" not in columns:
+            raise ValueError(f"{path}: no column features; it has {', '.join(columns)}. Name an .npy file")
+        lengths = {len(row) for row in columns["features"]}
+        if len(lengths) != 1:
+            raise ValueError(f"{path}: rows of features have the lengths {', '.join(map(str, sorted(lengths)))}")
+        values = np.array(columns["features"], np.float32)
+    else:
+        file = Path(features).expanduser()
+        try:
+            values = np.load(file, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file}: not a readable .npy file ({error})") from error
+    rows = listing.rows([f"{n:09}" for n in range(len(next(iter(columns.values()))))], columns, path)
+    if values.ndim != 2 or values.dtype.kind != "f" or len(values) != len(rows):
+        raise ValueError(f"features: {values.dtype} of shape {values.shape}; allowed are numbers ({len(rows)}, D)")
+    if not np.isfinite(values).all():
+        raise ValueError(f"features: row {np.flatnonzero(~np.isfinite(values).all(1))[0]} is not finite")
+    values = np.ascontiguousarray(values, np.float32)
+    return rows, values, own.digest(rows, [value.tobytes() for value in values])
+
+
+def read(
+    folder: str | Path,
+    *,
+    labels: str,
+    features: str | None = None,
+    sha256: Sha256,
+    duplicates: Literal["refuse", "leave_out", "report"],
+    min_per_class: Count,
+    test_per_class: Count,
+    test_share: Fraction,
+    seed: Seed,
+) -> dict[str, np.ndarray]:
+    """Read features; in place of images stand arrays (N, 1, 1, D) float32. `folder` is not used.
+
+    Args:
+        labels: the table. features: the .npy file; without it the table's own column.
+        the others: as in the reader `images`.
+
+    Raises ValueError as `look` and `own.arrays` do.
+    """
+    rows, values, found = look(labels, features)
+    own.check_digest(found, sha256, labels)
+    arrays, report = own.arrays(
+        rows, values[:, None, None, :], test_per_class=test_per_class, test_share=test_share,
+        min_per_class=min_per_class, duplicates=duplicates, seed=seed,
+    )  # fmt: skip
+    for name, count in report["classes_left_out"].items():
+        print(f"left out: class {name!r}, which has {count} rows, fewer than min_per_class")
+    return arrays
