@@ -148,6 +148,18 @@ def arguments() -> argparse.ArgumentParser:
     one.add_argument("--only", default="*", help="pattern of cells' names, e.g. '*-gala-0'")
     one = commands.add_parser("plan", help="write a plan's pipeline file, stages/<plan>/dvc.yaml")
     one.add_argument("plan", nargs="*", help="plans (default: all in params.yaml)")
+    one = commands.add_parser("new", help="look at a folder or table of your own, and write a plan for it")
+    one.add_argument(
+        "where", help="a folder of class folders, or a table (.csv, .parquet) of path,label[,group][,split]"
+    )
+    one.add_argument("--name", help="of source, data set and plan (default: the folder's)")
+    one.add_argument("--features", help="for a table without paths: an .npy file, a row for each of its lines")
+    one.add_argument("--size", type=int, help="side of the images in pixels (default: proposed)")
+    one.add_argument("--test-per-class", type=int, help="test images of a class (default: proposed)")
+    one.add_argument("--broken", choices=["refuse", "leave_out"], default="refuse", help="files that are no images")
+    one.add_argument(
+        "--duplicates", choices=["refuse", "leave_out", "report"], default="refuse", help="of test images in train"
+    )
     one = commands.add_parser("track", help="mirror the result files into MLflow; twice does nothing more")
     one.add_argument("plan", nargs="*", help="plans (default: all that have run)")
     one = commands.add_parser("verify", help="are the committed results those of the committed code? trains nothing")
@@ -211,6 +223,11 @@ def main() -> None:
             for plan, text in texts.items():
                 files.write_text(pipeline.file(plan), text)
                 print(pipeline.file(plan))
+        if args.command == "new":
+            from longtail import new
+
+            wishes = new.Chosen(args.name, args.features, args.broken, args.duplicates, args.size, args.test_per_class)
+            print("\n".join(new.new(args.where, wishes)))
         if args.command == "verify":
             from longtail.evidence import verify
 
@@ -255,7 +272,7 @@ def main() -> None:
                 print(
                     f"{address}\nMLFLOW_TRACKING_URI={uri} mlflow models serve -m {address} --env-manager local -p 5001"
                 )
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     except OSError as error:
         sys.exit(f"error: {files.said(error)}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from PIL import Image
 
 from longtail.data import decode, listing, own
 from longtail.workflow.ranges import Channels, Count, Fraction, Seed, Sha256
@@ -121,6 +122,15 @@ def read(
             f"{'left out of train' if duplicates == 'leave_out' else 'kept'}: {of_train}, a copy of {of_test} in test"
         )
     return arrays
+
+
+def shorter_side(file: Path) -> int:
+    """Pixels of the shorter side of an image, by its header alone; 0 where it has none that can be read."""
+    try:
+        with Image.open(file) as image:
+            return min(image.size)
+    except Exception:  # decoders of damaged files raise all there is
+        return 0
 
 
 def named(broken: dict[str, str], most: int = 10) -> str:

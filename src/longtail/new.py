@@ -1,0 +1,278 @@
+"""`longtail new`: look at somebody's images or embeddings, and write what a comparison on them needs.
+
+It writes blocks into params.yaml (source, data set, features, plan), beside what is there, and the plan's pipeline
+file; and says what it saw, what it chose, and how long the plan will take.
+"""
+
+import re
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from longtail.data import listing, long_tail, own
+from longtail.data.sources import embeddings, images
+from longtail.evaluation.metrics import shot_groups
+from longtail.workflow import files, pipeline
+from longtail.workflow import params as schema
+
+SIZES = (32, 64, 96, 128, 160, 224)  # sides that are proposed
+LARGE = 128  # from this side on, the backbone's own resolution
+BACKBONES = {"small": "efficientnet_lite0", "large": "efficientnet_lite0_224"}  # blocks of params.yaml
+METHODS = ["ce", "balanced_softmax", "class_balanced_sampling", "ldam_drw", "gala", "balpoe", "crt", "tau_norm"]
+REFIT = ["crt", "tau_norm"]
+SEEDS = [1, 2, 3]
+SMALL = 2000  # training images below which the recipe has small batches
+CELL_S = 5.0  # of a cell beside its steps: start, logits, corrections, measures (plan frozen-cifar100, two cores)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What the caller may say in place of what is proposed."""
+
+    name: str | None = None
+    features: str | None = None
+    broken: str = "refuse"
+    duplicates: str = "refuse"
+    size: int | None = None
+    test_per_class: int | None = None
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Blocks for params.yaml, and the arrays that they would give.
+
+    Attributes:
+        source: the block under `sources`.
+        backbone: the name of a block under `backbones`; None for embeddings.
+        said: lines about what was seen.
+    """
+
+    name: str
+    source: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+    backbone: str | None
+    said: list[str]
+
+
+def new(where: str, chosen: Chosen, *, params_file: Path = Path("params.yaml")) -> list[str]:
+    """Look at a folder or table, write params.yaml and the plan's pipeline file; returns lines to be shown.
+
+    A source that is there with the same path gets its new `sha256`, and nothing else changes.
+
+    Raises ValueError, with nothing written, for samples that cannot be used as they are, and a name that is taken.
+    """
+    params = schema.load(params_file)
+    name = chosen.name or re.sub(r"[^a-z0-9]+", "_", Path(where).resolve().stem.lower()).strip("_")
+    if not re.match(schema.NAME_PATTERN, name):
+        raise ValueError(f"--name {name!r}: lower-case letters and digits, parted by '_'")
+    text, there = params_file.read_text(), params["sources"].get(name)
+    path = str(Path(where).expanduser().resolve())
+    if there is not None:
+        if path not in (there.get("path"), there.get("labels")):
+            raise ValueError(f"sources.{name} is in params.yaml with other data; give this one a --name")
+        sha256 = _again(there)
+        files.write_text(params_file, text.replace(there["sha256"], sha256))
+        return [f"sources.{name}: " + ("as it was" if sha256 == there["sha256"] else "samples changed: new sha256")]
+    table = Path(path).suffix in listing.TABLES and "path" not in listing.table(Path(path))
+    found = _embeddings(name, path, chosen) if table else _images(name, path, chosen)
+    for section, key, block in blocks(found):
+        if key in params[section]:
+            raise ValueError(f"{section}.{key} is in params.yaml already; give this one a --name")
+        text = inserted(text, section, key, block)
+    files.write_text(params_file, text)
+    params = schema.load(params_file)
+    files.write_text(pipeline.file(name), pipeline.text(name, params))
+    return [
+        *found.said, *_counts(found.arrays, params["evaluate"]), *_time(found, params),
+        f"written: blocks {name} in params.yaml, and {pipeline.file(name)}",
+        f"next: longtail run {name} --jobs 2",
+    ]  # fmt: skip
+
+
+def _again(block: dict[str, Any]) -> str:
+    """The SHA-256 of a source's samples as they are now."""
+    if block["reader"] == schema.EMBEDDINGS:
+        return embeddings.look(block["labels"], block.get("features"))[2]
+    keys = ("path", "size", "channels", "fit", "exif_orientation")
+    return images.look(**{key: block[key] for key in keys}).sha256
+
+
+def blocks(found: Proposal) -> list[tuple[str, str, dict[str, Any]]]:
+    """What goes into params.yaml: (section, name, block)."""
+    data = f"{found.name}_features" if found.backbone else found.name
+    recipe = "probe" if len(found.arrays["train_labels"]) >= SMALL else "probe_small"
+    plan = {
+        "datasets": [data], "recipes": [recipe], "methods": METHODS,
+        "trained": [method for method in METHODS if method not in REFIT], "refit": REFIT, "seeds": SEEDS,
+    }  # fmt: skip
+    return [
+        ("plans", found.name, plan),
+        ("sources", found.name, found.source),
+        ("datasets", found.name, {"source": found.name, "profile": "as_is", "seed": 0, "held_out": 0}),
+        *([("features", data, {"dataset": found.name, "backbone": found.backbone})] if found.backbone else []),
+    ]
+
+
+def inserted(text: str, section: str, name: str, block: dict[str, Any]) -> str:
+    """The text of params.yaml with one more block at the end of a section; all else, comments too, stays."""
+    lines = text.splitlines(keepends=True)
+    first = next(n for n, line in enumerate(lines) if line.startswith(f"{section}:"))
+    end = first + 1
+    for n in range(first + 1, len(lines)):
+        if lines[n].strip() and not lines[n][0].isspace():
+            break
+        if lines[n].strip():
+            end = n + 1
+    body = "".join(f"    {key}: {_yaml(value)}\n" for key, value in block.items())
+    return "".join([*lines[:end], f"  {name}:\n", body, *lines[end:]])
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(str, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str) and not re.fullmatch(r"[a-z_]+", value):
+        return "'" + value.replace("'", "''") + "'"
+    return str(value)
+
+
+# ------------------------------------------------------------------------------------------------- looking
+
+
+def _images(name: str, path: str, chosen: Chosen) -> Proposal:
+    """Look at images: twice, since the proposed size follows from their own."""
+    _, rows = listing.read(path)
+    plain: dict[str, Any] = {"channels": 3, "fit": "crop", "exif_orientation": False}
+    size = chosen.size or _size(path, rows)
+    with tqdm(total=len(rows), desc="looking", unit="file", disable=None) as bar:
+        looked = images.look(path, size=size, **plain, on_file=bar.update)
+    said = [
+        f"{path}: {len(rows)} files, {len({row.label for row in rows})} classes",
+        "kinds: " + ", ".join(f"{count} {kind}" for kind, count in images.kinds(looked.facts).most_common()),
+        f"sides: {_range([min(fact.width, fact.height) for fact in looked.facts])} pixels (the shorter one); "
+        f"proposed: size {size}",
+    ]
+    if looked.broken:
+        said.append(f"no usable images: {len(looked.broken)}: {images.named(looked.broken)}")
+        if chosen.broken == "refuse":
+            raise ValueError(
+                "\n".join([*said, "mend or remove them, or leave them out: longtail new ... --broken leave_out"])
+            )
+    rule = _rule(Counter(row.label for row in looked.rows), chosen)
+    arrays, report = own.arrays(looked.rows, looked.pixels, **rule)
+    said += _said(report)
+    source = {"reader": "images", "path": path, "sha256": looked.sha256, "size": size, **plain, "broken": chosen.broken}
+    backbone = BACKBONES["large" if size >= LARGE else "small"]
+    return Proposal(name, source | rule, arrays, backbone, said)
+
+
+def _size(path: str, rows: list[listing.Row]) -> int:
+    """The largest of SIZES that half of the images (a few hundred of them) have; the smallest for smaller ones."""
+    root, _ = listing.read(path)
+    some = rows[:: max(1, len(rows) // 300)]
+    sides = [side for row in some if (side := images.shorter_side(root / row.place))]
+    fitting = [size for size in SIZES if sides and size <= np.median(sides)]
+    return max(fitting, default=SIZES[0])
+
+
+def _embeddings(name: str, path: str, chosen: Chosen) -> Proposal:
+    features = str(Path(chosen.features).expanduser().resolve()) if chosen.features else None
+    rows, values, sha256 = embeddings.look(path, features)
+    rule = _rule(Counter(row.label for row in rows), chosen)
+    arrays, report = own.arrays(rows, values[:, None, None, :], **rule)
+    said = [f"{path}: {len(rows)} rows of {values.shape[1]} features", *_said(report)]
+    source = {"reader": schema.EMBEDDINGS, "labels": path, **({"features": features} if features else {})}
+    return Proposal(name, source | {"sha256": sha256} | rule, arrays, None, said)
+
+
+def _rule(sizes: Counter[str], chosen: Chosen) -> dict[str, Any]:
+    """The proposed test split: a fifth of the class in the middle, 10 to 100 images, no more than 0.3 of a class."""
+    middle = int(np.median(list(sizes.values()))) if sizes else 0
+    return {
+        "duplicates": chosen.duplicates, "min_per_class": 2,
+        "test_per_class": chosen.test_per_class or min(100, max(10, middle // 5)), "test_share": 0.3, "seed": 0,
+    }  # fmt: skip
+
+
+def _said(report: dict[str, Any]) -> list[str]:
+    said = [f"left out: class {name!r} with {count}" for name, count in report["classes_left_out"].items()]
+    if copies := report.get("copies_kept_together"):
+        said.append(f"copies: {copies}, kept in one split each")
+    if between := report.get("copies_between_splits"):
+        said.append(f"copies of test images in train: {len(between)}")
+    return said
+
+
+def _counts(arrays: dict[str, np.ndarray], evaluate: dict[str, Any]) -> list[str]:
+    cut = long_tail.cut(arrays, profile="as_is", seed=0, held_out=0)
+    train_C, test_C = (np.bincount(cut[f"{split}_labels"]) for split in ("train", "test"))
+    thresholds = {key: evaluate[key] for key in ("many_above", "few_below")}
+    groups = {name: int(mask.sum()) for name, mask in shot_groups(train_C, **thresholds).items()}
+    lines = [
+        f"train: {train_C.sum()} images, {_range(train_C)} a class, {train_C.max() / train_C.min():.0f} : 1; "
+        f"largest {cut['class_names'][0]}, smallest {cut['class_names'][-1]}",
+        f"test: {test_C.sum()} images, {_range(test_C)} a class",
+        f"shots: {groups['many']} classes with many (> {evaluate['many_above']}), {groups['medium']} medium, "
+        f"{groups['few']} few (< {evaluate['few_below']}); the block `evaluate` has these limits",
+    ]
+    if test_C.min() < 10:
+        lines.append(
+            f"{int((test_C < 10).sum())} classes have fewer than 10 test images: the accuracy of such a class says "
+            "little; read the intervals"
+        )
+    return lines
+
+
+def _range(values: Any) -> str:
+    low, high = min(values, default=0), max(values, default=0)
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+# ---------------------------------------------------------------------------------------------------- time
+
+
+def _time(found: Proposal, params: dict[str, Any]) -> list[str]:
+    """How long the plan will take here, from what a batch of features and a step take."""
+    import torch  # a second, after all that can be wrong
+
+    from longtail import networks
+    from longtail.networks import backbones
+
+    images_ = len(found.arrays["train_labels"]) + len(found.arrays["test_labels"])
+    width, features_s = found.arrays["train_images"].shape[-1], 0.0
+    if found.backbone:
+        made = backbones.load(**params["backbones"][found.backbone])
+        batch = torch.zeros(32, 3, 8, 8, dtype=torch.uint8)
+        with torch.inference_mode():
+            width, each = made.features(batch).shape[1], _seconds(lambda: made.features(batch)) / 32
+        features_s = images_ * each
+    recipe = params["recipes"][params["plans"][found.name]["recipes"][0]]
+    classes = len(found.arrays["class_names"])
+    network = networks.build(channels=width, classes=classes, experts=1, **recipe["network"], **recipe["normalization"])
+    x = torch.randn(recipe["batch_size"], width, 1, 1)
+    step_s = _seconds(lambda: network(x).sum().backward())
+    steps = recipe["epochs"] * (len(found.arrays["train_labels"]) // recipe["batch_size"])
+    cells = len(METHODS) * len(SEEDS)
+    cells_s = cells * CELL_S + (cells - len(REFIT) * len(SEEDS)) * steps * step_s * 3  # with loss, optimiser, batches
+    return [
+        f"time, roughly: features {_minutes(features_s)}, {cells} cells {_minutes(cells_s)} one after the other, "
+        f"{_minutes(cells_s / 2)} with two at a time"
+    ]
+
+
+def _seconds(work: Any) -> float:
+    work()
+    start = time.perf_counter()
+    for _ in range(3):
+        work()
+    return (time.perf_counter() - start) / 3
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
