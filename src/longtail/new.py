@@ -23,8 +23,8 @@ from longtail.workflow import params as schema
 SIZES = (32, 64, 96, 128, 160, 224)  # sides that are proposed
 LARGE = 128  # from this side on, the backbone's own resolution
 BACKBONES = {"small": "efficientnet_lite0", "large": "efficientnet_lite0_224"}  # blocks of params.yaml
-METHODS = ["ce", "balanced_softmax", "class_balanced_sampling", "ldam_drw", "gala", "balpoe", "crt", "tau_norm"]
-REFIT = ["crt", "tau_norm"]
+METHODS = ["ce", "balanced_softmax", "class_balanced_sampling", "ldam_drw", "gala", "balpoe", "crt", "lws"]
+REFIT = ["crt", "lws"]
 SEEDS = [1, 2, 3]
 SMALL = 2000  # training images below which the recipe has small batches
 CELL_S = 5.0  # of a cell beside its steps: start, logits, corrections, measures (plan frozen-cifar100, two cores)
@@ -192,11 +192,11 @@ def _embeddings(name: str, path: str, chosen: Chosen) -> Proposal:
 
 
 def _rule(sizes: Counter[str], chosen: Chosen) -> dict[str, Any]:
-    """The proposed test split: a fifth of the class in the middle, 10 to 100 images, no more than 0.3 of a class."""
+    """The proposed test split: 0.3 of the class in the middle, but 10 to 100 images; at most 0.3 of any class."""
     middle = int(np.median(list(sizes.values()))) if sizes else 0
     return {
         "duplicates": chosen.duplicates, "min_per_class": 2,
-        "test_per_class": chosen.test_per_class or min(100, max(10, middle // 5)), "test_share": 0.3, "seed": 0,
+        "test_per_class": chosen.test_per_class or min(100, max(10, round(0.3 * middle))), "test_share": 0.3, "seed": 0,
     }  # fmt: skip
 
 

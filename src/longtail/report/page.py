@@ -60,9 +60,13 @@ GRID_READING = (
     "'Recipe buys': the best recipe minus the worst one with the same method. What has not run is a dash."
 )
 READING = (
-    "Accuracy on the balanced test images at the last epoch, for all classes and for those with many, a "
+    "Accuracy on the test images at the last epoch, for all classes and for those with many, a "
     "medium number of and few training images; every column in percent except NLL (nats) and the difference "
     "(points, ours minus published). Values are mean ± sample standard deviation over training seeds."
+)
+UNBALANCED = (
+    "The test images are not balanced: 'All' is a mean over images, in which larger classes count for more. The mean "
+    "over classes is in 'More measures': one minus the balanced error."
 )
 FITTED = {
     ADJUSTED: "'logit adjustment': minus the logarithm of the training prior; meant for cross-entropy, the others "
@@ -211,6 +215,7 @@ def section(
     names = {method: method_name(method) for method in results.plan["methods"]}
     shift = under_shift.table(under_shift.rows(results, dataset), published, names)
     explained = [text for key, text in FITTED.items() if key in used]
+    explained += [UNBALANCED] if any(unbalanced(row) for row in mine) else []
     explained += [BEST_ON_TEST] if "Best on test" in header else []
     explained += [VERDICT] if "Verdict" in header else []
     return Section(
@@ -232,6 +237,12 @@ def section(
         missing=missing(results, dataset),
         cells=[made(cell, outcome) for cell, outcome in results.cells.items() if cell.dataset == dataset],
     )
+
+
+def unbalanced(row: Row) -> bool:
+    """Whether the mean over images is another than that over classes."""
+    error = row.measures["balanced_error"].mean if row.n else None
+    return error is not None and abs(row.accuracy + error - 1) > 1e-5
 
 
 def main_table(results: Results, mine: Sequence[Row]) -> tuple[list[Line], list[tuple[str, str]]]:

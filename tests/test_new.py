@@ -1,0 +1,131 @@
+"""`longtail new`: what is written into params.yaml fits its schema, changes nothing else, and is what was looked at."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from conftest import ROOT
+from test_own import encoded, make, noise
+
+from longtail import new
+from longtail.data import sources
+from longtail.workflow import params, pipeline
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with params.yaml alone; time is not measured."""
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(new, "_time", lambda found, params: ["time"])
+    return tmp_path
+
+
+def read(block: dict) -> dict[str, np.ndarray]:
+    return sources.load(block["reader"])("", **{key: value for key, value in block.items() if key != "reader"})
+
+
+def test_a_folder_becomes_a_plan(here: Path) -> None:
+    before = (here / "params.yaml").read_text()
+    make(here / "My pets", {"cat": 40, "dog": 12, "newt": 4})
+    said = "\n".join(new.new("My pets", new.Chosen()))
+    assert "train: 42 images, 3 to 30 a class, 10 : 1; largest cat, smallest newt" in said
+    assert "test: 14 images, 1 to 10 a class" in said
+    assert "shots: 0 classes with many (> 100), 1 medium, 2 few (< 20)" in said
+    assert "2 classes have fewer than 10 test images" in said
+    assert "longtail run my_pets --jobs 2" in said
+    found = params.load("params.yaml")
+    assert found["plans"]["my_pets"]["datasets"] == ["my_pets_features"]
+    assert found["features"]["my_pets_features"] == {"dataset": "my_pets", "backbone": "efficientnet_lite0"}
+    arrays = read(found["sources"]["my_pets"])
+    assert np.bincount(arrays["train_labels"]).tolist() == [30, 9, 3]
+    kept = [line for line in (here / "params.yaml").read_text().splitlines() if line in before.splitlines()]
+    assert [line for line in before.splitlines() if line not in kept] == []
+    for section, blocks in yaml.safe_load(before).items():
+        assert {name: found[section][name] for name in blocks} == blocks
+    assert pipeline.text("my_pets", found) == Path(pipeline.file("my_pets")).read_text()
+
+
+def test_changed_images_get_a_new_hash_and_nothing_else(here: Path) -> None:
+    folder = make(here / "pets", {"cat": 6, "dog": 4})
+    new.new("pets", new.Chosen())
+    before = params.load("params.yaml")
+    assert new.new("pets", new.Chosen()) == ["sources.pets: as it was"]
+    (folder / "cat" / "more.png").write_bytes(encoded(noise(seed=99)))
+    assert new.new("pets", new.Chosen()) == ["sources.pets: samples changed: new sha256"]
+    after = params.load("params.yaml")
+    arrays = read(after["sources"]["pets"])
+    assert len(arrays["train_labels"]) + len(arrays["test_labels"]) == 11
+    before["sources"]["pets"]["sha256"] = after["sources"]["pets"]["sha256"]
+    assert before == after
+
+
+def test_what_is_broken_is_named_and_nothing_written(here: Path) -> None:
+    make(here / "pets", {"cat": 6, "dog": 4})
+    (here / "pets" / "cat" / "x.jpg").write_bytes(b"x")
+    before = (here / "params.yaml").read_text()
+    with pytest.raises(ValueError, match=r"no usable images: 1: cat/x.jpg \(no image, by its content\)\n.*leave_out"):
+        new.new("pets", new.Chosen())
+    assert (here / "params.yaml").read_text() == before
+    new.new("pets", new.Chosen(broken="leave_out"))
+    assert params.load("params.yaml")["sources"]["pets"]["broken"] == "leave_out"
+
+
+def test_a_name_that_is_taken_or_none(here: Path) -> None:
+    make(here / "digits", {"cat": 6, "dog": 4})
+    with pytest.raises(ValueError, match=r"sources.digits is in params.yaml with other data; give this one a --name"):
+        new.new("digits", new.Chosen())
+    with pytest.raises(ValueError, match=r"plans.smoke is in params.yaml already"):
+        new.new("digits", new.Chosen(name="smoke"))
+    with pytest.raises(ValueError, match=r"--name 'A B'"):
+        new.new("digits", new.Chosen(name="A B"))
+
+
+@pytest.mark.parametrize(("side", "size", "backbone"), [(20, 32, ""), (100, 96, ""), (300, 224, "_224")])
+def test_the_size_follows_the_images(here: Path, side: int, size: int, backbone: str) -> None:
+    for name in ("a", "b"):
+        (here / "x" / name).mkdir(parents=True)
+        for number in range(4):
+            (here / "x" / name / f"{number}.png").write_bytes(
+                encoded(noise(size=(side + 9, side), seed=ord(name) + 7 * number))
+            )
+    new.new("x", new.Chosen())
+    found = params.load("params.yaml")
+    assert found["sources"]["x"]["size"] == size
+    assert found["features"]["x_features"]["backbone"] == f"efficientnet_lite0{backbone}"
+
+
+def test_embeddings_need_no_image(here: Path) -> None:
+    rng = np.random.default_rng(0)
+    labels = ["a"] * 30 + ["b"] * 10
+    pq.write_table(pa.table({"label": labels}), here / "t.parquet")
+    np.save(here / "f.npy", rng.normal(size=(40, 7)))
+    new.new("t.parquet", new.Chosen(name="clip", features="f.npy"))
+    found = params.load("params.yaml")
+    assert found["plans"]["clip"]["datasets"] == ["clip"] and "clip" not in found["features"]
+    assert read(found["sources"]["clip"])["train_images"].shape == (28, 1, 1, 7)
+
+
+def test_a_block_goes_to_the_end_of_its_section() -> None:
+    text = "plans:\n  a:\n    x: 1  # of a\n\n# Of sources.\nsources:\n  b:\n    y: 2\n"
+    found = new.inserted(text, "plans", "c", {"x": [1, 2], "path": "/it's", "flag": True})
+    assert found == (
+        "plans:\n  a:\n    x: 1  # of a\n  c:\n    x: [1, 2]\n    path: '/it''s'\n    flag: true\n\n"
+        "# Of sources.\nsources:\n  b:\n    y: 2\n"
+    )
+    assert yaml.safe_load(found)["plans"]["c"]["path"] == "/it's"
+    assert new.inserted(text, "sources", "d", {"z": 3}).endswith("    y: 2\n  d:\n    z: 3\n")
+
+
+def test_time_is_said_from_what_a_step_takes() -> None:
+    found = new.Proposal("clip", {}, {
+        "train_labels": np.zeros(400, int), "test_labels": np.zeros(10, int), "class_names": np.array(["a", "b"]),
+        "train_images": np.zeros((400, 1, 1, 7), np.float32),
+    }, None, [])  # fmt: skip
+    recipes = params.load(ROOT / "params.yaml")["recipes"]
+    (said,) = new._time(found, {"plans": {"clip": {"recipes": ["probe_small"]}}, "recipes": recipes, "backbones": {}})
+    assert said.startswith("time, roughly: features 0 s, 24 cells ")
