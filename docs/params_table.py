@@ -31,6 +31,7 @@ STEPS = (
     "check",
     "download",
     "subsample",
+    "features",
     "train",
     "refit",
     "fuse",
@@ -156,7 +157,7 @@ class Pipeline:
             read = f"${{plans.{words[1]}."
         elif key.startswith("incremental.plans."):
             read = f"${{incremental.plans.{words[2]}."
-        elif section in ("sources", "datasets") and f"${{item.{last}}}" in pipeline:
+        elif section in ("sources", "datasets", "features") and f"${{item.{last}}}" in pipeline:
             read = f"${{{section}}}"
         elif section == "methods" and last == "fuse":
             read = "${methods."

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ from conftest import ROOT
 from test_params import GOOD, changed
 from torch import nn
 
-from longtail import networks
+from longtail import networks, posthoc
 from longtail.data import batches
 from longtail.networks import backbones
+from longtail.tracking import export
 from longtail.training import features, inference
 from longtail.workflow import files, params
 
@@ -53,6 +55,22 @@ def test_it_is_saved_and_loaded(tmp_path: Path) -> None:
     x = torch.randn(5, 6, 1, 1)
     again = networks.load(networks.save(network, tmp_path / "x.safetensors"))
     assert torch.equal(network(x), again(x))
+
+
+def test_heads_are_exported_for_features_as_they_are(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = networks.build(hidden=3, standardize=True, **OF_ONE).eval()
+    features_BD = np.random.default_rng(0).normal(size=(5, 6)).astype(np.float32)
+    with torch.no_grad():
+        wanted = networks.product(network(torch.from_numpy(features_BD)[:, :, None, None])).numpy()
+    correction = posthoc.Affine().fit(np.zeros((1, 4)))
+    images = features_BD[:, None, None, :]
+    cell = SimpleNamespace(
+        network=network, deployed=export.Deployed(network, correction).eval(), images=images, logits=wanted, title="x"
+    )
+    assert export.export(cell, tmp_path / "heads.pt2") < 1e-4
+    with pytest.raises(ValueError, match="x: heads on frozen features take no image files"):
+        export.register(cell, tmp_path, name="x", alias="y")
 
 
 def feature_split(count: int = 40) -> batches.Split:

@@ -31,7 +31,10 @@ SERVED = Path(__file__).with_name("served.py")
 
 
 class Deployed(nn.Module):
-    """Images as they are decoded, uint8 (N, H, W, channels), to corrected logits and probabilities (N, C)."""
+    """Images as they are decoded, uint8 (N, H, W, channels), to corrected logits and probabilities (N, C).
+
+    Of heads on frozen features: features, float32 (N, 1, 1, D), in place of images; the backbone is not in it.
+    """
 
     mean: Tensor
     std: Tensor
@@ -41,15 +44,21 @@ class Deployed(nn.Module):
     def __init__(self, network: networks.Network, correction: posthoc.Correction):
         super().__init__()
         self.network = network
+        self.full = 1 if of_features(network) else 255
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(network.settings[name]).view(-1, 1, 1))
         self.register_buffer("scale", torch.as_tensor(correction.scale_, dtype=torch.float32))
         self.register_buffer("shift", torch.as_tensor(correction.shift_, dtype=torch.float32))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        x = (images.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+        x = (images.permute(0, 3, 1, 2).float() / self.full - self.mean) / self.std
         logits = self.scale * networks.product(self.network(x)) + self.shift
         return logits, logits.softmax(1)
+
+
+def of_features(network: networks.Network) -> bool:
+    """Whether the network takes features in place of images."""
+    return isinstance(network, networks.HeadsOnFeatures)
 
 
 class Trained:
@@ -153,7 +162,13 @@ def register(cell: Trained, root: Path, *, name: str, alias: str) -> str:
 
     The store is that of `longtail track`. What is served reads image files (served.py) and needs onnxruntime, numpy
     and Pillow, nothing of this project.
+
+    Raises ValueError for heads on features, which take no image files.
     """
+    if of_features(cell.network):
+        raise ValueError(
+            f"{cell.title}: heads on frozen features take no image files; `longtail export` writes the heads"
+        )
     uri, _ = runs.location(root)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     import mlflow
