@@ -12,18 +12,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 START, END = "<!-- results: made by docs/tables.py -->\n", "<!-- end of results -->\n"
-COLUMNS = ("Method", "Correction", "Seeds", "All", "Many", "Medium", "Few", "NLL", "ECE")
-CORRECTIONS = ("none", "logit adjustment", "aligned on train")  # the others are in the table itself
+CORRECTIONS = ("as it is", "logit adjustment", "aligned on train", "aligned on held-out")  # those a reader can use
 
 
-def shortened(table: str) -> str:
-    """The wanted columns and rows of the first Markdown table in `table`."""
-    first = table[table.index("\n|") + 1 :].split("\n\n")[0]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in first.splitlines()]
-    places = [rows[0].index(column) for column in COLUMNS]
-    correction = rows[0].index("Correction")
-    rows = rows[:2] + [row for row in rows[2:] if row[correction] in CORRECTIONS]
-    return "".join(f"| {' | '.join(row[place] for place in places)} |\n" for row in rows)
+def answer(table: str) -> str:
+    """The sentence, the first table and how to read it, of the only data set."""
+    said = table.split("\n## ")[1].split("\n### ")[0]
+    blocks = said.strip().split("\n\n")[1:]
+    return "\n\n".join([blocks[0].strip("*"), *blocks[-2:]]) + "\n"
 
 
 def method_and_recipe(table: str) -> str:
@@ -32,21 +28,16 @@ def method_and_recipe(table: str) -> str:
 
 
 def by_correction(table: str) -> str:
-    """Accuracy of each method (rows) after each correction (columns) out of the first Markdown table in `table`."""
-    first = table[table.index("\n|") + 1 :].split("\n\n")[0]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in first.splitlines()]
-    method, correction, accuracy = (rows[0].index(column) for column in ("Method", "Correction", "All"))
-    found: dict[str, dict[str, str]] = {}
-    for row in rows[2:]:
-        found.setdefault(row[method], {})[row[correction]] = row[accuracy].strip("*")
-    columns = ("none", "logit adjustment", "aligned on train", "aligned on held-out")
-    lines = [["Trained with", "as it is", *columns[1:]], ["---", *["---:"] * len(columns)]]
-    lines += [[name, *(values[column] for column in columns)] for name, values in found.items()]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    """Accuracy of each method after each correction, of a plan with one recipe."""
+    first = table.split("### Corrections\n\n")[1].split("\n\n")[1]
+    rows = [[cell.strip().strip("*") for cell in line.strip("|").split("|")] for line in first.splitlines()]
+    places = [0, *(rows[0].index(correction) for correction in CORRECTIONS)]
+    rows[0][0] = "Trained with"
+    return "".join(f"| {' | '.join(row[place] for place in places)} |\n" for row in rows)
 
 
 COPIES: dict[str, tuple[str, Callable[[str], str]]] = {
-    "README.md": ("results/quick/table.md", shortened),
+    "README.md": ("results/paper-cifar100/table.md", answer),
     "docs/posthoc.md": ("results/posthoc-digits/table.md", by_correction),
     "docs/methods.md": ("results/methods/table.md", method_and_recipe),
 }

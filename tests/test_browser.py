@@ -3,14 +3,17 @@
 Needs Chromium and its driver (docs/browser.py); .ci/run installs them.
 """
 
+import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import axe_core_python
 import pytest
 from conftest import ROOT
 
@@ -23,6 +26,8 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("chromedriver") is None, reason="no chromedriver: apt-get install chromium-driver"),
 ]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "results").glob("*/report.html"))
+with (ROOT / "data/published.csv").open(newline="") as table:
+    SOURCES = {row["url"] for row in csv.DictReader(table)} - {""}
 IMAGES = """
 return [...document.images].map(one => {
   const box = one.getBoundingClientRect();
@@ -71,6 +76,8 @@ def test_a_report_page_is_whole(chromium, page, width):
         base, _, fragment = link.partition("#")
         if base.startswith("file://") and base != path.as_uri():
             assert Path(base.removeprefix("file://")).is_file(), link
+        elif base in SOURCES:
+            continue  # where a published value comes from
         elif not base.startswith("data:"):
             assert base == path.as_uri() and fragment in ids, link
 
@@ -85,6 +92,76 @@ def test_a_page_with_a_fault_is_noticed(chromium, tmp_path):
     assert any("undefined_name" in message for message in chromium.complaints())
     assert "http://127.0.0.1:9/x.css" in chromium.requests()
     assert chromium.run(IMAGES)[0]["natural"] == 0
+
+
+FIRST = """
+const place = one => one && {top: one.getBoundingClientRect().top, bottom: one.getBoundingClientRect().bottom};
+const best = document.querySelector('.first td.best');
+return {
+  answer: document.querySelector('.answer p').innerText, said: place(document.querySelector('.answer')),
+  table: place(document.querySelector('.first table')), best: place(best), right: best.getBoundingClientRect().right,
+  picture: place(document.querySelector('.first img')), alt: document.querySelector('.first img').alt,
+  open: document.querySelectorAll('details[open]').length, parts: document.querySelectorAll('details').length,
+  says: [...document.querySelectorAll('summary span')].map(one => one.innerText),
+};
+"""
+
+
+@pytest.mark.parametrize(("width", "height", "screens"), [(1400, 900, 1), (420, 850, 2.5)])
+@pytest.mark.parametrize("page", PAGES)
+def test_the_first_screen_answers(chromium, page, width, height, screens):
+    """The sentence, the winner in the table, on a desktop the whole picture; all else is folded, with a sentence."""
+    chromium.size(width, height)
+    chromium.open((ROOT / page).as_uri(), "Results of plan")
+    seen = chromium.run(FIRST)
+    assert re.search(r"wins: |has the highest accuracy, |^Only .* has run: ", seen["answer"]), seen["answer"]
+    assert re.search(r"settled|^Only ", seen["answer"])
+    assert seen["said"]["top"] > 0 and seen["said"]["bottom"] < 0.75 * height
+    assert seen["best"]["bottom"] < height and seen["right"] <= width  # beside its method, without scrolling
+    assert seen["picture"]["bottom"] < screens * height
+    assert seen["alt"].startswith("Test accuracy, the highest method first. ") and " %" in seen["alt"]
+    assert seen["open"] == 0 and len(seen["says"]) == seen["parts"] > 5 and all(len(text) > 15 for text in seen["says"])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_method_stays_in_sight_when_a_table_is_moved(chromium, page):
+    chromium.size(420, 850)
+    chromium.open((ROOT / page).as_uri(), "Results of plan")
+    chromium.run("document.querySelectorAll('details').forEach(one => one.open = true);")
+    moved = chromium.run(
+        "return [...document.querySelectorAll('.scroll')].filter(one => one.scrollWidth > one.clientWidth).map(one => {"
+        " one.scrollLeft = 9999; const head = one.querySelector('tbody th').getBoundingClientRect();"
+        " return [head.left - one.getBoundingClientRect().left, head.width]; });"
+    )
+    assert moved and all(0 <= left < 3 and width < 190 for left, width in moved)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("page", PAGES)
+def test_axe_finds_no_fault(chromium, page, scheme):
+    """Contrast, names, structure: the checks of axe-core, with everything unfolded."""
+    emulated = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    command = {"cmd": "Emulation.setEmulatedMedia", "params": emulated}
+    chromium.size(1400, 900)
+    driver.call("POST", f"{chromium.url}/goog/cdp/execute", command)
+    chromium.open((ROOT / page).as_uri(), "Results of plan")
+    chromium.run("document.querySelectorAll('details').forEach(one => one.open = true);")
+    assert axe(chromium) == []
+
+
+def test_axe_finds_a_fault_where_there_is_one(chromium, tmp_path):
+    page = tmp_path / "page.html"
+    faint = '<p style="color: #bbb; background: #fff">here</p>'
+    page.write_text(f'<html lang="en"><title>x</title><main>{faint}</main></html>')
+    chromium.open(page.as_uri(), "here")
+    assert any(text.startswith("color-contrast") for text in axe(chromium))
+
+
+def axe(chromium):
+    """The violations that axe-core finds on the page: rule, what it says, and the first element."""
+    chromium.run(Path(axe_core_python.__file__).with_name("axe.min.js").read_text())
+    found = chromium.run("return axe.run(document, {resultTypes: ['violations']}).then(found => found.violations);")
+    return [f"{one['id']}: {one['help']}: {one['nodes'][0]['html'][:200]}" for one in found]
 
 
 @pytest.fixture(scope="module")

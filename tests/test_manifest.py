@@ -39,7 +39,7 @@ def test_a_method_has_its_loss_and_what_that_builds_on_and_no_other():
     assert losses == {"longtail.losses", "longtail.losses.ldam", "longtail.losses.class_balanced"}
     assert "longtail.losses.ldam" not in code("train-gala_paper")
     assert "kernels.cpp" in code("train-ce") and "train.py" in definitions("train-ce")
-    assert "report.html.j2" in code("report")
+    assert "document.html.j2" in code("report")
 
 
 def test_what_a_module_has_beside_what_is_reached_does_not_count():

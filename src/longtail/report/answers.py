@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from longtail.report import differences
 from longtail.report.differences import BASELINE, points
-from longtail.report.outcomes import ALIGNED, CORRECTIONS, RAW, Results, Row
+from longtail.report.outcomes import ADJUSTED, ALIGNED, CORRECTIONS, RAW, Results, Row
 
 METHODS = {
     "ce": "Cross-entropy",
@@ -34,41 +34,117 @@ METHODS = {
 
 
 class Answer(NamedTuple):
-    """What is said of one data set under one recipe, or of all ("") with the command that makes its winner again."""
+    """What is said of one data set under one recipe."""
 
     dataset: str
     recipe: str
     text: str
-    again: str = ""
+
+
+class Headline(NamedTuple):
+    """What one data set's numbers say: a sentence, and what else to know and to do."""
+
+    text: str
+    more: tuple[str, ...] = ()
+
+
+def entrants(table: Sequence[Row]) -> list[Row]:
+    """The rows that stand in the first table: raw logits, and cross-entropy's with logit adjustment, a method too."""
+    return [row for row in table if row.correction == RAW or (row.method, row.correction) == (BASELINE, ADJUSTED)]
+
+
+def entrant_name(row: Row) -> str:
+    """`GALA (released form)`; `Cross-entropy with logit adjustment`."""
+    name = method_name(row.method)
+    return name if row.correction == RAW else f"{name} with {CORRECTIONS[row.correction]}"
+
+
+def headline(results: Results, table: Sequence[Row]) -> Headline:
+    """What wins among the entrants of a data set, by how much, whether that is settled, and what to do.
+
+    Each method is compared at its best recipe; where that is another than the winner's, what the method has over others
+    with the same recipe is said as well.
+    """
+    leaders: dict[tuple[str, str], Row] = {}  # the highest row of each entrant
+    for row in differences.ranked(entrants(table)):
+        leaders.setdefault((row.method, row.correction), row)
+    if not leaders:
+        return Headline("No run is in yet.", (f"Start with `longtail run {results.plan_name}`.",))
+    first, *others = leaders.values()
+    again = f"longtail run {results.plan_name} --only '{first.dataset}-{first.recipe}-{first.method}-*'"
+    if not others:
+        text = (
+            f"Only {entrant_name(first)} has run: {percent(first)} with recipe {first.recipe} ({seeds_text([first])})."
+        )
+        return Headline(text, (f"The others: `longtail run {results.plan_name}`.",))
+    second, lead = others[0], differences.behind(results, [first, *others])[0].swapped()
+    where = "" if second.recipe == first.recipe else f", recipe {second.recipe}"
+    other = f"{entrant_name(second)} ({percent(second)}{where})"
+    seeds = seeds_text([first, second])
+    if lead.settled:
+        text = (
+            f"{entrant_name(first)} wins: {percent(first)} with recipe {first.recipe} ({seeds}), "
+            f"{100 * lead.value:.1f} points above the next method, {other}: {verdict(lead)}."
+        )
+    else:
+        text = (
+            f"{entrant_name(first)} has the highest accuracy, {percent(first)} with recipe {first.recipe} ({seeds}), "
+            f"but its {100 * lead.value:.1f} points above the next method, {other}, are {verdict(lead)}."
+        )
+    interval = (
+        f"95 % interval of that difference: {100 * lead.low:.1f} to {100 * lead.high:.1f} points, over {lead.over}."
+    )
+    more = interval if second.recipe == first.recipe else f"{interval} {same_recipe(results, first, table)}"
+    return Headline(text, (more, to_do(results, [first, second], lead, again)))
+
+
+def verdict(lead: differences.Difference) -> str:
+    """Whether it is settled which is higher, in a word or two."""
+    if not lead.settled:
+        return "not settled"
+    return "settled" if lead.seeds else "settled for these networks, with one seed not yet for the methods"
+
+
+def same_recipe(results: Results, first: Row, table: Sequence[Row]) -> str:
+    """What the winner's method has over the best other one with the same recipe, where most seeds of both have run."""
+    pairs = []
+    for recipe in dict.fromkeys(row.recipe for row in table):
+        ranked = differences.ranked([row for row in entrants(table) if row.recipe == recipe])
+        own = [row for row in ranked if (row.method, row.correction) == (first.method, first.correction)]
+        rest = [row for row in ranked if row not in own]
+        pairs += [(own[0], rest[0])] if own and rest else []
+    if not pairs:
+        return f"No other method has run with recipe {first.recipe}: part of the lead may be the recipe's."
+    mine, rival = max(pairs, key=lambda pair: (min(row.n for row in pair), pair[0].accuracy))
+    found = differences.compared(results, mine, rival)
+    side = "above" if found.value >= 0 else "below"
+    return (
+        f"The recipes differ; with the same one ({mine.recipe}, {seeds_text([mine, rival])}) it is "
+        f"{100 * abs(found.value):.1f} points {side} {entrant_name(rival)}: {verdict(found)}."
+    )
+
+
+def to_do(results: Results, pair: Sequence[Row], lead: differences.Difference, again: str) -> str:
+    """The command that brings one further: the seeds that are missing, more seeds, or the winner once more."""
+    if not (lead.settled and lead.seeds):
+        if short := next((row for row in pair if row.n < row.planned), None):
+            only = f"{short.dataset}-{short.recipe}-{short.method}-*"
+            return f"To do: run the seeds that are missing, `longtail run {results.plan_name} --only '{only}'`."
+        more = f"To do: more seeds would tell, `plans.{results.plan_name}.seeds` in params.yaml"
+        return f"{more}; until then take the one that costs less." if not lead.settled else f"{more}."
+    return f"To do: take it; `{again}` makes it again."
 
 
 def answers(results: Results, table: Sequence[Row]) -> list[Answer]:
-    """What the numbers say: for each data set the highest of all, then for each recipe its methods."""
+    """What the numbers say of the methods of each data set with each recipe."""
     said = []
     for dataset in dict.fromkeys(row.dataset for row in table):
         mine = [row for row in table if row.dataset == dataset]
         run = [row for row in mine if row.n]
-        recipes = dict.fromkeys(row.recipe for row in run or mine)
-        if run:
-            said.append(Answer(dataset, "", *winner(results, dataset, mine)))
-        for recipe in recipes:
+        for recipe in dict.fromkeys(row.recipe for row in run or mine):
             rows_ = [row for row in mine if row.recipe == recipe]
             said.append(Answer(dataset, recipe, answer(results, dataset, recipe, rows_)))
     return said
-
-
-def winner(results: Results, dataset: str, table: Sequence[Row]) -> tuple[str, str]:
-    """The highest accuracy over all recipes, methods and corrections, the next method, and how to see it again."""
-    leaders: dict[str, Row] = {}  # the highest row of each method
-    for row in differences.ranked(table):
-        leaders.setdefault(row.method, row)
-    first, *others = leaders.values()
-    text = f"Highest on {dataset}: {described(first)}, {percent(first)} ({seeds_text([first])})."
-    if others:
-        second, lead = others[0], differences.behind(results, [first, *others])[0].swapped()
-        text += f" The next method is {described(second)}, {percent(second)} ({seeds_text([second])}), "
-        text += f"{100 * abs(lead.value):.1f} points lower; {sure_text(lead)}"
-    return text, f"longtail run {results.plan_name} --only '{dataset}-{first.recipe}-{first.method}-*'"
 
 
 def described(row: Row) -> str:
@@ -91,26 +167,26 @@ def sure_text(lead: differences.Difference) -> str:
 def answer(results: Results, dataset: str, recipe: str, table: Sequence[Row]) -> str:
     """The answer for one data set and recipe, in sentences."""
     raw = [row for row in table if row.correction == RAW and row.n]
-    ranked = differences.ranked(raw)
+    ranked = differences.ranked(entrants(table))
     where = f"On {dataset} with recipe {recipe}, "
     if not ranked:
         return f"{where}no run is in yet."
     first = ranked[0]
     if len(ranked) == 1:
-        return f"{where}only {method_name(first.method)} has run: {percent(first)} ({seeds_text([first])})."
+        return f"{where}only {entrant_name(first)} has run: {percent(first)} ({seeds_text([first])})."
     second = ranked[1]
     lead = first.accuracy - second.accuracy
     text = (
-        f"{where}{method_name(first.method)} has the highest accuracy: {percent(first)}, "
-        f"{100 * lead:.1f} points above {method_name(second.method)} ({percent(second)})"
+        f"{where}{entrant_name(first)} has the highest accuracy: {percent(first)}, "
+        f"{100 * lead:.1f} points above {entrant_name(second)} ({percent(second)})"
     )
-    base = next((row for row in ranked[2:] if row.method == BASELINE), None)
+    base = next((row for row in ranked[2:] if (row.method, row.correction) == (BASELINE, RAW)), None)
     if base:
         above = first.accuracy - base.accuracy
         text += f" and {100 * above:.1f} above {method_name(BASELINE)} ({percent(base)})"
-    text += f"; {seeds_text(raw)} for each method."
+    text += f"; {seeds_text(ranked)} for each method."
     sure = differences.behind(results, ranked)[0].swapped()
-    said = f"The lead over {method_name(second.method)}: {sure_text(sure)}"
+    said = f"The lead over {entrant_name(second)}: {sure_text(sure)}"
     parts = [said, *aligned_text(table, raw), *published_text(raw)]
     return " ".join([text, *parts])
 

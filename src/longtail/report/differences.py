@@ -18,7 +18,7 @@ from longtail.report.outcomes import CORRECTIONS, RAW, REBALANCED, Results, Row
 
 CONFIDENCE = 0.95
 BASELINE = "ce"
-HEADER = ("Recipe", "Method", "Correction", "Seeds", "All", "Images", "Against cross-entropy", "Against the highest",
+HEADER = ("Method", "Recipe", "Correction", "Seeds", "All", "Images", "Against cross-entropy", "Against the highest",
           "p", "Verdict")  # fmt: skip
 READING = (
     "Differences in points, in brackets the 95 % interval. Two accuracies are compared image by image on the same test "
@@ -244,7 +244,7 @@ def texts(found: Sequence[Line], names: Mapping[str, str]) -> list[list[str]]:
     """Cells of text, with the columns HEADER."""
     return [
         [
-            row.recipe, names[row.method], CORRECTIONS[row.correction], str(row.n), f"{100 * row.accuracy:.1f}",
+            names[row.method], row.recipe, CORRECTIONS[row.correction], str(row.n), f"{100 * row.accuracy:.1f}",
             f"{100 * row.se_images['accuracy']:.1f}", interval(to_baseline), interval(to_best),
             *(("-", "highest") if to_best is None else
               (probability(to_best.p), to_best.said("ahead", "not settled", "behind"))),

@@ -51,7 +51,7 @@ RESERVATIONS = {
     "transductive": "transductive: uses all test images at once",
 }
 PUBLISHED = ("dataset", "recipe", "method", "correction", "measure", "group", "value", "sd", "runs",
-             "optimistic", "transductive", "same_recipe", "source", "note")  # fmt: skip
+             "optimistic", "transductive", "same_recipe", "source", "url", "note")  # fmt: skip
 
 Record = dict[str, Any]  # of a file, or for a picture: column -> value
 
@@ -80,6 +80,7 @@ class Published:
     transductive: bool
     same_recipe: bool
     source: str
+    url: str
     note: str
     another_cut: bool = False
 
@@ -348,6 +349,8 @@ def read_published(path: str | Path) -> list[Published]:
             if row[flag] not in ("true", "false"):
                 raise ValueError(f"{path}: row {i}, {flag}: {row[flag]!r}, but allowed is true, false")
             row[flag] = row[flag] == "true"
+        if row["url"] and not row["url"].startswith("https://"):
+            raise ValueError(f"{path}: row {i}, url: {row['url']!r}, but allowed is https://... or nothing")
         one = Published(**{column: row[column] for column in PUBLISHED})
         if one.key in found:
             raise ValueError(f"{path}: row {i}: a second row for {', '.join(one.key)}")

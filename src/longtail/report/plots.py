@@ -107,6 +107,55 @@ def picture(axis: Axes, alt: str, caption: str) -> Figure:
     return Figure(f"data:image/png;base64,{data}", width, height, alt, caption)
 
 
+def overview(groups: Sequence[tuple[str, Sequence[Row]]], *, recipes: Sequence[str]) -> Figure:
+    """Accuracy of every method with every recipe on one axis, and the published values: what a reader wants first.
+
+    Args:
+        groups: a name and its rows {recipe, n, accuracies, accuracy_mean, accuracy_sd, published}, from the top.
+        recipes: in the order of their colours and marks.
+    """
+    shown = [recipe for recipe in recipes if any(row["recipe"] == recipe for _, rows in groups for row in rows)]
+    crowd = len(groups) > 8
+    step = 0.62 / max(len(shown), 2)
+    said = []
+    height = 62 + (22 if crowd else 20 + 11 * len(shown)) * len(groups) + 18 * -(-(len(shown) + 1) // 3)
+    with axes(WIDE - 24, max(height, 220)) as axis:
+        for place, (name, rows) in enumerate(groups):
+            words = []
+            for row in rows:
+                order = shown.index(row["recipe"])
+                colour, mark = PALETTE[(order + 1) % len(PALETTE)], "osD^vP"[order % 6]
+                y = place + (order - (len(shown) - 1) / 2) * step
+                if row["n"]:
+                    mean_, sd = 100 * row["accuracy_mean"], 100 * (row["accuracy_sd"] or 0)
+                    axis.errorbar(mean_, y, xerr=sd or None, color=colour, marker=mark, markersize=5.5, linewidth=1.6,
+                                  zorder=3)  # fmt: skip
+                    words.append(f"{row['recipe']} {mean_:.1f} %")
+                if row["published"] is not None:
+                    axis.plot([100 * row["published"]], [y], linestyle="none", marker=mark, markersize=9, color=colour,
+                              markerfacecolor="none", markeredgewidth=1.1, zorder=2)  # fmt: skip
+                    words.append(f"published for {row['recipe']} {100 * row['published']:.1f} %")
+            said.append(f"{name}: {', '.join(words)}")
+        for line in range(1, len(groups)):
+            axis.axhline(line - 0.5, color="#e4e4e4", linewidth=0.8)
+        axis.set_yticks(range(len(groups)), [name for name, _ in groups])
+        axis.set(xlabel="test accuracy (%)", ylim=(len(groups) - 0.5, -0.5))
+        axis.grid(axis="y", visible=False)
+        axis.tick_params(axis="y", length=0)
+        for order, recipe in enumerate(shown):
+            axis.plot([], [], linestyle="none", marker="osD^vP"[order % 6], color=PALETTE[(order + 1) % len(PALETTE)],
+                      label=recipe)  # fmt: skip
+        published = any(row["published"] is not None for _, rows in groups for row in rows)
+        if published:
+            axis.plot([], [], linestyle="none", marker="o", markersize=9, markerfacecolor="none", color="#4d4d4d",
+                      label="hollow: published")  # fmt: skip
+        canvas = axis.get_figure()
+        assert isinstance(canvas, Canvas)
+        canvas.legend(loc="outside lower center", ncols=3, columnspacing=1.2, handletextpad=0.2)
+        caption = "Filled: ours, mean ± standard deviation over seeds." + (" Hollow: published." if published else "")
+        return picture(axis, f"Test accuracy, the highest method first. {'; '.join(said)}.", caption)
+
+
 def class_profile(rows: Sequence[Row], *, dataset: str) -> Figure:
     """Training images of each class, largest first."""
     ranked = sorted(rows, key=lambda row: -row["train_images"])

@@ -80,7 +80,7 @@ def table(found: Sequence[Row], published: Sequence[Published], names: Mapping[s
         by_line.setdefault((row.recipe, row.method, row.line), {})[row.distribution] = row
     lines, quoted = [], []
     for (recipe, method, line), by_distribution in by_line.items():
-        cells = [recipe, names[method], line]
+        cells = [names[method], recipe, line]
         for distribution in distributions:
             row = by_distribution[distribution]
             text = spread(row.mean, row.sd)
@@ -90,7 +90,7 @@ def table(found: Sequence[Row], published: Sequence[Published], names: Mapping[s
                 quoted.append(theirs)
             cells.append(text)
         lines.append(cells)
-    return Shifted(["Recipe", "Method", "Test prior", *distributions], lines, quoted)
+    return Shifted(["Method", "Recipe", "Test prior", *distributions], lines, quoted)
 
 
 def figures(found: Sequence[Row], style: Mapping[str, Any]) -> list[plots.Figure]:
