@@ -4,21 +4,23 @@ Percent and points are in text only; files hold shares.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from scipy.special import stdtrit
 
 from longtail.incremental.readouts import CHOSEN
 from longtail.report import plots
 from longtail.report.answers import spread
+from longtail.report.document import Document, Entry, Part, Section, Table, html, markdown
+from longtail.report.document import Line as Said
 from longtail.workflow import files
 from longtail.workflow.chains import Cell, of_plan
 
+OLD_NEW = "energy_old_new_on_memory"
 SHOWN = (
     "none",
     "weight_aligning",
@@ -30,7 +32,7 @@ SHOWN = (
 NAMES = {
     "none": "as trained", "weight_aligning": "Weight Aligning", "weight_aligning_l1": "Weight Aligning, L1",
     "weight_aligning_released": "Weight Aligning, released (L1, at most 1)", "bias_layer": "BiC's layer",
-    "logit_adjusted": "logit adjustment", CHOSEN: "energy aligning, chosen on held-out",
+    "logit_adjusted": "logit adjustment", CHOSEN: "energy aligning",
     "nearest_mean": "nearest mean of exemplars",
 }  # fmt: skip
 MEASURES = ("average", "average_later", "average_weighted", "last", "old", "new", "forgetting")
@@ -41,8 +43,9 @@ READING = (
     "deviation over seeds. 'Average': mean over steps, the first included, as PyCIL, DER and the survey print it; "
     "'without step 0': as Weight Aligning's release; 'by classes': each step as many times as it has classes. 'Last', "
     "'old' and 'new': after the last step. 'Forgetting': the best accuracy of a step's classes minus the last, mean "
-    "over steps. In brackets 95 % intervals in points: over test images, paired, and over seeds by Student's t; with "
-    "one seed over images alone."
+    "over steps. 'Energy aligning' without more is the grouping and the set that are best on held-out memory. In "
+    "brackets 95 % intervals in points: over test images, paired, and over seeds by Student's t; with one seed over "
+    "images alone."
 )
 CURVES = ("dataset", "order", "protocol", "recipe", "training", "readout", "step", "seen", "accuracy", "sd", "seeds")
 
@@ -55,6 +58,11 @@ class Setting:
     order: str
     protocol: str
     recipe: str
+
+    @classmethod
+    def of(cls, cell: Cell) -> "Setting":
+        """That of a cell."""
+        return cls(cell.dataset, cell.order, cell.protocol, cell.recipe)
 
     @property
     def title(self) -> str:
@@ -94,22 +102,6 @@ class Line:
         shown = [spread(*self.measures[key]) for key in MEASURES]
         gain = points(self.gain) if self.changed or self.gain is None else "changes no prediction"
         return [self.training, self.name, str(self.seeds), *shown, gain]
-
-
-@dataclass
-class Section:
-    """One setting: a line for each training and read-out, pictures, what was published."""
-
-    setting: Setting
-    answers: list[str]
-    lines: list[Line]
-    facts: list[str]
-    published: list[list[str]]
-    figures: list[plots.Figure] = field(default_factory=list)
-
-    def best(self, line: Line) -> bool:
-        """Whether a line has the highest last accuracy of its setting."""
-        return line.measures["last"][0] == max(other.measures["last"][0] for other in self.lines)
 
 
 PUBLISHED = ("Method", "Classifier", "Average", "Last", "Network", "Memory", "Order", "Source")
@@ -189,22 +181,45 @@ def lines(chains: Sequence[Chain], training: str) -> list[Line]:
     return made
 
 
-def answers(found: Sequence[Line]) -> list[str]:
-    """What the correction of the bias is worth, a sentence for each training."""
-    said = []
-    for training in dict.fromkeys(line.training for line in found):
-        of = {line.readout: line for line in found if line.training == training}
-        aligned = of.get(CHOSEN) or of.get("energy_old_new_on_memory")
-        if aligned is None or aligned.gain is None:
-            continue
-        settled = "" if aligned.gain[1] > 0 or aligned.gain[2] < 0 else " (not settled)"
-        best = max(of.values(), key=lambda line: line.measures["last"][0])
-        said.append(
-            f"{training}: {spread(*of['none'].measures['last'])} % after the last step as trained, "
-            f"{spread(*aligned.measures['last'])} % with {aligned.name}, {points(aligned.gain)} points{settled}. "
-            f"Highest on test: {best.name}, {spread(*best.measures['last'])} %."
-        )
-    return said
+def aligned(of: Mapping[str, Line]) -> Line | None:
+    """The energy aligning that stands for all: the one chosen on held-out memory, or old/new on the exemplars."""
+    return of.get(CHOSEN) or of.get(OLD_NEW)
+
+
+def answer(training: str, of: Mapping[str, Line]) -> str:
+    """What energy aligning is worth to a training, in a sentence."""
+    raw, line = of["none"], aligned(of)
+    said = f"{training}: {spread(*raw.measures['last'])} % after the last step as trained"
+    if line is None or line.gain is None:
+        return f"{said}."
+    sure = "settled" if line.gain[1] > 0 or line.gain[2] < 0 else "not settled"
+    best = max(of.values(), key=lambda line: line.measures["last"][0])
+    return (
+        f"{said}, {spread(*line.measures['last'])} % with energy aligning ({points(line.gain)} points, {sure}). "
+        f"Highest on test: {best.name}, {spread(*best.measures['last'])} %."
+    )
+
+
+def first_table(by: Mapping[str, Mapping[str, Line]]) -> Table:
+    """Trainings x read-outs: accuracy after the last step, and the average over steps."""
+    shown = [name for name in SHOWN if any(name in of for of in by.values())]
+    highest = max(line.measures["last"][0] for of in by.values() for name, line in of.items() if name in shown)
+    rows: list[list[Entry | str]] = []
+    for training, of in by.items():
+        row: list[Entry | str] = [training, str(of["none"].seeds)]
+        for name in shown:
+            if name not in of:
+                row.append("-")
+                continue
+            last = of[name].measures["last"]
+            under = (spread(*of[name].measures["average"]),)
+            row.append(Entry(spread(*last), best=last[0] == highest, under=under))
+        rows.append(row)
+    note = (
+        "Accuracy in percent over the test images of all classes, after the last step; below it the average over "
+        "steps, the first included. Mean ± sample standard deviation over seeds. All columns are of the same networks."
+    )
+    return Table("Trainings and read-outs", ("Training", "Seeds", *(NAMES[name] for name in shown)), rows, 1, note)
 
 
 def facts(chains: Sequence[Chain]) -> list[str]:
@@ -258,107 +273,156 @@ def over_seeds(
     return found
 
 
-def figures(chains: Sequence[Chain], training: str) -> list[plots.Figure]:
-    """Of a training: accuracy over steps, accuracy of each step's classes at the end, energies before and after."""
-    mine = [chain for chain in chains if chain.cell.training == training]
-    there = [name for name in SHOWN if name in mine[0].summary["readouts"]]
-    colour = dict(zip(SHOWN, plots.PALETTE, strict=False))
+def label(name: str) -> str:
+    """A read-out in a legend."""
+    return readout_name(name).split(",")[0]
+
+
+def drawn(mine: Sequence[Chain]) -> list[str]:
+    """The read-outs that pictures show of a training."""
+    return [name for name in SHOWN if name in mine[0].summary["readouts"]]
+
+
+COLOUR = dict(zip(SHOWN, plots.PALETTE, strict=False))
+
+
+def over_steps_figure(mine: Sequence[Chain], training: str) -> plots.Figure:
+    """Accuracy over all classes seen, after each step."""
     ends = mine[0].summary["ends"]
-    made = []
     with plots.axes() as axis:
-        for name in there:
+        for name in drawn(mine):
             curve = over_seeds(mine, "steps", name, "step")
-            axis.plot(ends, [100 * np.mean(curve[step]) for step in sorted(curve)], marker="o", ms=3, lw=1.5,
-                      color=colour[name], label=NAMES[name].split(",")[0])  # fmt: skip
-        axis.set(xlabel="classes seen", ylabel="test accuracy, %", title=f"{training}: after each step")
+            values = [100 * float(np.mean(curve[step])) for step in sorted(curve)]
+            axis.plot(ends, values, marker="o", ms=3, lw=1.5, color=COLOUR[name], label=label(name))
+        axis.set(xlabel="classes seen", ylabel="test accuracy, %", title=training)
         axis.legend(loc="best", fontsize=7.5)
-        last = {name: mine[0].summary["readouts"][name]["last"] for name in there}
-        alt = f"{training}: accuracy over classes seen; at the end " + ", ".join(
-            f"{NAMES[name]} {100 * value:.1f} %" for name, value in last.items()
-        )
-        made.append(plots.picture(axis, alt, "Accuracy over all classes seen, mean over seeds."))
+        last = ", ".join(f"{label(name)} {100 * last_of(mine, name):.1f} %" for name in drawn(mine))
+        alt = f"{training}: accuracy over the classes seen; at the end {last}"
+        return plots.picture(axis, alt, "Over all classes seen, mean over seeds.")
+
+
+def by_step_figure(mine: Sequence[Chain], training: str) -> plots.Figure:
+    """Accuracy of the classes of each step, after the last one: the bias and its removal."""
+    count = len(mine[0].summary["ends"])
     with plots.axes() as axis:
-        for name in there:
+        for name in drawn(mine):
             groups = over_seeds(mine, "groups", name, "group", last=True)
-            axis.plot([group + 1 for group in sorted(groups)], [100 * np.mean(groups[g]) for g in sorted(groups)],
-                      marker="o", ms=3, lw=1.5, color=colour[name], label=NAMES[name].split(",")[0])  # fmt: skip
+            values = [100 * float(np.mean(groups[group])) for group in sorted(groups)]
+            axis.plot(range(1, count + 1), values, marker="o", ms=3, lw=1.5, color=COLOUR[name], label=label(name))
         axis.set(xlabel="step in which the classes came", ylabel="test accuracy, %", title=f"{training}: at the end")
-        axis.set_xticks(range(1, len(ends) + 1))
+        axis.set_xticks(range(1, count + 1))
+        axis.legend(loc="best", fontsize=7.5)
         raw = over_seeds(mine, "groups", "none", "group", last=True)
+        old = float(np.mean([np.mean(raw[group]) for group in range(count - 1)]))
         alt = (
-            f"{training}: accuracy of each step's classes after the last step; as trained "
-            f"{100 * np.mean(raw[len(ends) - 1]):.0f} % for the newest, "
-            f"{100 * np.mean([np.mean(raw[group]) for group in range(len(ends) - 1)]):.0f} % for the others"
+            f"{training}, accuracy of each step's classes after the last step: as trained {100 * old:.0f} % for the "
+            f"old ones and {100 * float(np.mean(raw[count - 1])):.0f} % for the newest"
         )
-        made.append(plots.picture(axis, alt, "The bias to the newest classes, and its removal."))
+        return plots.picture(axis, alt, "The bias to the newest classes, and what removes it.")
+
+
+def energies_figure(mine: Sequence[Chain], training: str) -> plots.Figure:
+    """Mean free energy of old classes minus that of new ones on test images, before and after."""
+    ends = mine[0].summary["ends"]
     with plots.axes() as axis:
-        for name in [name for name in there if name not in ("nearest_mean", CHOSEN)] + ["energy_old_new_on_memory"]:
+        for name in [*(name for name in drawn(mine) if name not in ("nearest_mean", CHOSEN)), OLD_NEW]:
             gaps: dict[int, list[float]] = {}
             for chain in mine:
                 for row in chain.energies:
                     if row["set"] == "test" and row["readout"] == name:
                         gaps.setdefault(int(row["step"]), []).append(float(row["old"]) - float(row["new"]))
-            axis.plot([ends[step] for step in sorted(gaps)], [np.mean(gaps[step]) for step in sorted(gaps)],
-                      marker="o", ms=3, lw=1.5, color=colour.get(name, colour[CHOSEN]),
-                      label=readout_name(name).split(",")[0])  # fmt: skip
+            values = [float(np.mean(gaps[step])) for step in sorted(gaps)]
+            places = [ends[step] for step in sorted(gaps)]
+            axis.plot(
+                places, values, marker="o", ms=3, lw=1.5, color=COLOUR.get(name, COLOUR[CHOSEN]), label=label(name)
+            )
         axis.axhline(0, color="#888888", lw=0.8)
-        axis.set(xlabel="classes seen", ylabel="energy of old minus new, nats", title=f"{training}: energies on test")
+        axis.legend(loc="best", fontsize=7.5)
+        axis.set(xlabel="classes seen", ylabel="energy of old minus new, nats", title=training)
         alt = f"{training}: mean free energy of old classes minus that of new ones on test images, by step"
-        made.append(plots.picture(axis, alt, "Above zero: old classes are thought less probable than they are."))
-    return made
+        return plots.picture(axis, alt, "Above zero, old classes are thought less probable than they are.")
+
+
+def last_of(mine: Sequence[Chain], readout: str) -> float:
+    """Accuracy after the last step, mean over seeds."""
+    return float(np.mean([chain.summary["readouts"][readout]["last"] for chain in mine]))
+
+
+def section(
+    setting: Setting, mine: Sequence[Chain], trainings: Sequence[str], known: Sequence[Mapping[str, str]]
+) -> Section:
+    """One setting: the answer, then what is folded."""
+    by = {training: {line.readout: line for line in lines(mine, training)} for training in trainings}
+    by = {training: of for training, of in by.items() if of}
+    said = {training: answer(training, of) for training, of in by.items()}
+    leads = max(by, key=lambda training: (aligned(by[training]) or by[training]["none"]).measures["last"][0])
+    of = {training: [chain for chain in mine if chain.cell.training == training] for training in by}
+    every = [line.cells() for its in by.values() for line in its.values()]
+    parts = [
+        Part(
+            "Every read-out",
+            "All corrections of each training, with the averages that papers report under one name.",
+            [Table("Every read-out", HEADER, every, 2, READING)],
+        ),
+        Part("Over steps", "How accuracy falls as classes come.", figures=[
+            over_steps_figure(of[training], training) for training in by
+        ]),
+        Part("Old and new classes", "Which step's classes are known at the end.", figures=[
+            by_step_figure(of[training], training) for training in by
+        ]),
+        Part("Energies", "What aligning makes equal: mean free energies of old and of new classes.", figures=[
+            energies_figure(of[training], training) for training in by
+        ]),
+    ]  # fmt: skip
+    if rows := beside(setting, known):
+        says = f"{len(rows)} published values of these steps; network, memory and order say how alike."
+        parts.append(Part("Published", says, [Table("Published", PUBLISHED, rows, 2)]))
+    parts.append(Part(
+        "Order, memory, and what was chosen", "What a number of this kind rests on.",
+        lines=[Said(fact) for fact in facts(mine)],
+    ))  # fmt: skip
+    picture = by_step_figure(of[leads], leads)
+    more = [text for training, text in said.items() if training != leads]
+    return Section(setting.title, said[leads], more, first_table(by), picture, parts)
 
 
 def build(
-    plan_name: str, plan: Mapping[str, Any], cells_dir: str | Path, published: str | Path
-) -> tuple[list[Section], list[Cell], list[Chain]]:
-    """The sections of a report, cells that are still to come, and those that have run."""
-    chains, absent = read(plan_name, plan, cells_dir)
-    known = files.read_csv(published)
-    sections = []
+    plan_name: str, plan: Mapping[str, Any], chains: Sequence[Chain], absent: Sequence[Cell], published: str | Path
+) -> Document:
+    """The whole report."""
+    known, sections = files.read_csv(published), []
+    for setting, mine in settings(plan, chains).items():
+        sections.append(section(setting, mine, plan["trainings"], known))
+    under = (
+        "Class-incremental learning: classes arrive in steps, few images of old ones are kept; each training once, "
+        f"every correction on its saved logits. {len(chains)} of {len(chains) + len(absent)} cells have run"
+    )
+    waiting = f"; still to come: {', '.join(cell.name for cell in absent)}." if absent else "."
+    return Document(f"Plan {plan_name}", under + waiting, sections)
+
+
+def settings(plan: Mapping[str, Any], chains: Sequence[Chain]) -> dict[Setting, list[Chain]]:
+    """The finished chains of each setting of a plan, in its order."""
+    found: dict[Setting, list[Chain]] = {}
     for place in product(*(plan[axis] for axis in ("datasets", "orders", "protocols", "recipes"))):
         setting = Setting(*map(str, place))
-        mine = [
-            chain for chain in chains
-            if Setting(chain.cell.dataset, chain.cell.order, chain.cell.protocol, chain.cell.recipe) == setting
-        ]  # fmt: skip
-        if not mine:
-            continue
-        found = [line for training in plan["trainings"] for line in lines(mine, training)]
-        sections.append(Section(setting, answers(found), found, facts(mine), beside(setting, known)))
-        for training in dict.fromkeys(chain.cell.training for chain in mine):
-            sections[-1].figures += figures(mine, training)
-    return sections, absent, chains
+        mine = [chain for chain in chains if Setting.of(chain.cell) == setting]
+        if mine:
+            found[setting] = mine
+    return found
 
 
-def markdown(plan_name: str, sections: Sequence[Section], absent: Sequence[Cell]) -> str:
-    """The report as a Markdown file."""
-    text = [f"# Plan {plan_name}", "", READING, ""]
-    for section in sections:
-        text += [f"## {section.setting.title}", "", *(f"- {said}" for said in section.answers), ""]
-        text += table(HEADER, [line.cells() for line in section.lines])
-        if section.published:
-            text += ["", "Published, with what it rests on:", "", *table(PUBLISHED, section.published)]
-        text += ["", *(f"- {fact}" for fact in section.facts), ""]
-    if absent:
-        text += [f"Still to come: {', '.join(cell.name for cell in absent)}.", ""]
-    return "\n".join(text)
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table."""
-    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
-
-
-def html(plan_name: str, sections: Sequence[Section], absent: Sequence[Cell]) -> str:
-    """The report as one self-contained page: no script, nothing fetched, pictures inside."""
-    source = Path(__file__).with_name("report.html.j2").read_text()
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string(source).render(
-        plan=plan_name, sections=sections, absent=absent, header=HEADER, published=PUBLISHED, reading=READING,
-        first=SHOWN,
-    )  # fmt: skip
+def curves(setting: Setting, mine: Sequence[Chain], line: Line) -> list[dict[str, Any]]:
+    """The rows of curves.csv of one line: accuracy after each step."""
+    of = [chain for chain in mine if chain.cell.training == line.training]
+    rows = []
+    for step, values in sorted(over_seeds(of, "steps", line.readout, "step").items()):
+        mean, sd = mean_sd(values)
+        rows.append({
+            **vars(setting), "training": line.training, "readout": line.readout, "step": step,
+            "seen": of[0].summary["ends"][step], "accuracy": mean, "sd": sd, "seeds": len(values),
+        })  # fmt: skip
+    return rows
 
 
 def write(
@@ -368,36 +432,17 @@ def write(
 
     Raises ValueError as `read`; nothing is written then.
     """
-    sections, absent, chains = build(plan_name, plan, cells_dir, published)
-    out = Path(out_dir)
-    page = html(plan_name, sections, absent)
-    curves = []
-    for section in sections:
-        for line in section.lines:
-            place = {"training": line.training, "readout": line.readout}
-            names = {key: getattr(section.setting, key) for key in ("dataset", "order", "protocol", "recipe")}
-            mine = [chain for chain in chains if chain.cell.training == line.training
-                    and all(getattr(chain.cell, key) == value for key, value in names.items())]  # fmt: skip
-            for step, values in sorted(over_seeds(mine, "steps", line.readout, "step").items()):
-                mean, sd = mean_sd(values)
-                curves.append({
-                    **names, **place, "step": step, "seen": mine[0].summary["ends"][step], "accuracy": mean, "sd": sd,
-                    "seeds": len(values),
-                })  # fmt: skip
-    files.write_text(out / "table.md", markdown(plan_name, sections, absent))
-    files.write_text(out / "report.html", page)
-    files.write_csv(out / "curves.csv", curves, CURVES)
-    files.write_json(
-        out / "summary.json",
-        {
-            section.setting.title: {
-                line.training: {
-                    other.readout: {key: other.measures[key][0] for key in ("average", "last")}
-                    for other in section.lines
-                    if other.training == line.training
-                }
-                for line in section.lines
-            }
-            for section in sections
-        },
-    )
+    chains, absent = read(plan_name, plan, cells_dir)
+    document, out = build(plan_name, plan, chains, absent, published), Path(out_dir)
+    summary: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    for setting, mine in settings(plan, chains).items():
+        for training in plan["trainings"]:
+            for line in lines(mine, training):
+                rows += curves(setting, mine, line)
+                place = summary.setdefault(setting.title, {}).setdefault(training, {})
+                place[line.readout] = {key: line.measures[key][0] for key in ("average", "last")}
+    files.write_text(out / "table.md", markdown(document))
+    files.write_text(out / "report.html", html(document))
+    files.write_csv(out / "curves.csv", rows, CURVES)
+    files.write_json(out / "summary.json", summary)
