@@ -424,6 +424,22 @@ def test_the_bias_layer_finds_a_known_bias():
     assert abs(ridge.gamma_) < abs(layer.gamma_)
 
 
+def test_a_masked_class_takes_no_part_in_either():
+    _, raw, labels = biased(np.random.default_rng(1))
+    weight = np.random.default_rng(2).normal(size=(6, 3))
+    wide, wide_weight = np.insert(raw, 2, -1e9, axis=1), np.insert(weight, 2, 1e6, axis=0)
+    moved = labels + (labels >= 2)
+    for narrow, with_mask in [
+        (posthoc.BiasLayer(old=4).fit(raw, labels), posthoc.BiasLayer(old=5).fit(wide, moved)),
+        (posthoc.WeightAligning(weight, old=4).fit(raw), posthoc.WeightAligning(wide_weight, old=5).fit(wide)),
+    ]:
+        assert with_mask.gamma_ == pytest.approx(narrow.gamma_, rel=1e-6)
+        np.testing.assert_allclose(np.delete(with_mask.transform(wide), 2, axis=1), narrow.transform(raw))
+        assert (with_mask.transform(wide)[:, 2] == -1e9).all()
+    with pytest.raises(ValueError, match="all new classes are masked"):
+        posthoc.BiasLayer(old=6).fit(np.insert(raw, 6, -1e9, axis=1), labels)
+
+
 def test_weight_aligning_by_hand():
     weight = np.array([[3.0, 4.0], [0.0, 5.0], [6.0, 8.0], [0.0, 30.0]])  # norms 5, 5; 10, 30
     logits, bias = np.array([[1.0, 2.0, 3.0, 4.0]]), np.array([0.0, 0.0, 1.0, -1.0])

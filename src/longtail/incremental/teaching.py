@@ -27,15 +27,16 @@ def correction(
     Raises ValueError where the correction needs held-out images and there are none.
     """
     classes = weight_ECD.shape[1]
+    new_C = np.arange(classes) >= old
     scale_C, shift_C = np.ones(classes), np.zeros(classes)
     if way == RAW or not old:
         return scale_C, shift_C
     if way in WEIGHTS:
         norm, clamp = WEIGHTS[way]
-        scale_C[old:] = aligning_factor(weight_ECD, old, norm=norm, clamp=clamp)
+        scale_C[old:] = aligning_factor(weight_ECD, new_C, norm=norm, clamp=clamp)
         shift_C[old:] = (1 - scale_C[old:]) * bias_EC.mean(0)[old:]
     elif not len(labels_N):
         raise ValueError(f"teacher: {way} is fitted on held-out memory; the protocol's held_out is 0")
     else:
-        scale_C[old:], shift_C[old:] = bias_layer(logits_NC, labels_N, old, l2=L2)
+        scale_C[old:], shift_C[old:] = bias_layer(logits_NC, labels_N, new_C, l2=L2)
     return scale_C, shift_C

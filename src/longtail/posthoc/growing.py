@@ -16,29 +16,33 @@ from longtail.posthoc.correction import Correction
 from longtail.posthoc.inputs import as_labels, as_numpy, check_labels, counts_of
 
 
-def check_old(old: int, classes: int) -> None:
-    """Raise ValueError unless there are old and new classes."""
+def new_classes(old: int, open_C: np.ndarray) -> np.ndarray:
+    """Which of the classes that are not masked are new. Raises ValueError unless there are old and new ones."""
+    classes = len(open_C)
     if not 0 < old < classes:
         raise ValueError(f"old = {old}; allowed are 1 to {classes - 1}, for {classes} classes")
+    new: np.ndarray = (np.arange(classes) >= old)[open_C]
+    if new.all() or not new.any():
+        raise ValueError(f"old = {old}: all {'old' if new.all() else 'new'} classes are masked")
+    return new
 
 
-def aligning_factor(weight_CD: np.ndarray, old: int, *, norm: int, clamp: bool) -> float:
-    """gamma of `WeightAligning`, from weights (C, D) or (E, C, D).
+def aligning_factor(weight_CD: np.ndarray, new_C: np.ndarray, *, norm: int, clamp: bool) -> float:
+    """gamma of `WeightAligning`, from weights (C, D) or (E, C, D); `new_C` says which classes are new.
 
     Raises ValueError for new weights that are all 0.
     """
     classes = weight_CD.shape[-2]
     norm_C = np.linalg.norm(weight_CD.astype(np.float64), ord=norm, axis=-1).reshape(-1, classes).mean(0)
-    if not norm_C[old:].mean() > 0:
+    if not norm_C[new_C].mean() > 0:
         raise ValueError("the weights of all new classes are 0")
-    gamma = norm_C[:old].mean() / norm_C[old:].mean()
+    gamma = norm_C[~new_C].mean() / norm_C[new_C].mean()
     return float(min(gamma, 1.0) if clamp else gamma)
 
 
-def bias_layer(logits_NC: np.ndarray, labels_N: np.ndarray, old: int, *, l2: float) -> tuple[float, float]:
-    """beta and gamma of `BiasLayer`."""
+def bias_layer(logits_NC: np.ndarray, labels_N: np.ndarray, new_C: np.ndarray, *, l2: float) -> tuple[float, float]:
+    """beta and gamma of `BiasLayer`; `new_C` says which classes are new."""
     values, rows = logits_NC.astype(np.float64), np.arange(len(labels_N))
-    new_C = np.arange(values.shape[1]) >= old
     onehot = np.zeros_like(values)
     onehot[rows, labels_N] = 1
 
@@ -79,20 +83,20 @@ class WeightAligning(Correction):
         self.weight, self.bias, self.old, self.norm, self.clamp = weight, bias, old, norm, clamp
 
     def _fit(self, logits: np.ndarray, labels: Any) -> None:
-        classes = logits.shape[1]
+        classes = len(self.open_)
         if self.weight is None:
             raise ValueError("WeightAligning needs the weight of the head, (classes, features)")
         weight_CD = as_numpy(self.weight).astype(np.float64)
         if weight_CD.ndim not in (2, 3) or weight_CD.shape[-2] != classes:
             raise ValueError(f"weight has shape {weight_CD.shape}; expected ({classes}, features)")
-        check_old(self.old, classes)
+        new = new_classes(self.old, self.open_)
         if self.norm not in (1, 2):
             raise ValueError(f"norm = {self.norm}; allowed are 1 and 2")
-        self.gamma_ = aligning_factor(weight_CD, self.old, norm=self.norm, clamp=self.clamp)
-        new = np.arange(classes) >= self.old
+        self.gamma_ = aligning_factor(weight_CD[..., self.open_, :], new, norm=self.norm, clamp=self.clamp)
         self.scale_ = np.where(new, self.gamma_, 1.0)
         bias_C = np.zeros(classes) if self.bias is None else as_numpy(self.bias).astype(np.float64)
-        self.shift_ = np.where(new, (1 - self.gamma_) * bias_C.reshape(-1, classes).mean(0), 0.0)
+        bias_C = bias_C.reshape(-1, classes).mean(0)[self.open_]
+        self.shift_ = np.where(new, (1 - self.gamma_) * bias_C, 0.0)
 
 
 class BiasLayer(Correction):
@@ -118,12 +122,10 @@ class BiasLayer(Correction):
         self.old, self.l2 = old, l2
 
     def _fit(self, logits: np.ndarray, labels: np.ndarray) -> None:
-        classes = logits.shape[1]
-        check_old(self.old, classes)
-        self.beta_, self.gamma_ = bias_layer(logits, labels, self.old, l2=self.l2)
-        new_C = np.arange(classes) >= self.old
-        self.scale_ = np.where(new_C, self.beta_, 1.0)
-        self.shift_ = np.where(new_C, self.gamma_, 0.0)
+        new = new_classes(self.old, self.open_)
+        self.beta_, self.gamma_ = bias_layer(logits, labels, new, l2=self.l2)
+        self.scale_ = np.where(new, self.beta_, 1.0)
+        self.shift_ = np.where(new, self.gamma_, 0.0)
 
 
 class NearestMean(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # untyped
