@@ -96,6 +96,18 @@ def test_code_that_is_in_no_commit_and_data_that_are_not_there_are_named(tmp_pat
     assert adopt.job(tmp_path, stale_cell(adopt.md5(b"x")), 5)["training"] is None
 
 
+@pytest.mark.slow
+def test_a_commit_whose_manifests_are_of_older_code_is_not_taken_for_that_code(tmp_path):
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
+    path = "stages/code/evaluate.txt"
+    was = adopt.md5((clone / path).read_bytes())
+    before = adopt.commit_of(clone, {"x": (path, was)})
+    edit(clone, "metrics.py", "TOP = 5", "TOP = 4")
+    subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x", "commit", "-qam", "x"], cwd=clone, check=True)
+    assert adopt.commit_of(clone, {"x": (path, was)}) == before
+
+
 def test_the_commit_is_the_latest_that_has_the_manifest():
     path = "stages/code/evaluate.txt"
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -25,7 +25,7 @@ from typing import IO, Any
 
 from longtail.evidence import verify
 from longtail.training import provenance
-from longtail.workflow import chains, files, locks, manifest, pipeline
+from longtail.workflow import chains, declaration, files, locks, manifest, pipeline
 from longtail.workflow.cells import Cell
 from longtail.workflow.locks import MAKERS, STAGE_NAME, STAGES
 
@@ -160,19 +160,35 @@ def commits(root: Path, path: str) -> list[str]:
 
 
 def commit_of(root: Path, changed: Mapping[str, tuple[str, str]]) -> str:
-    """The latest commit that has the manifests of these stages.
+    """The latest commit that has the manifests of these stages, and the code that they are of.
+
+    A commit of edited code whose manifests were not written anew has the former and not the latter: to compare with it
+    would be to compare the new code with itself.
 
     Raises ValueError when there is none.
     """
-    for path, _ in changed.values():
+    wanted = {path: was for path, was in changed.values()}
+    for path in wanted:
         for commit in commits(root, path):
-            if all(content_at(root, commit, one) == was for one, was in changed.values()):
+            if all(content_at(root, commit, one) == was for one, was in wanted.items()) and (
+                wanted.items() <= made_at(root, commit, tuple(wanted)).items()
+            ):
                 return commit
-    path, was = next(iter(changed.values()))
+    path, was = next(iter(wanted.items()))
     raise ValueError(
         f"no commit here has the code that it is of ({path} with MD5 {was}): "
         "was it never committed, or is the history cut off?"
     )
+
+
+@cache
+def made_at(root: Path, commit: str, paths: tuple[str, ...]) -> dict[str, str]:
+    """{manifest: the MD5 of what the code of a commit gives for it}."""
+    with tempfile.TemporaryDirectory(prefix="longtail-adopt-") as folder:
+        tree = checkout(root, commit, Path(folder))
+        params = declaration.load(tree / "params.yaml")
+        texts = manifest.texts(tree, params, [Path(path).stem for path in paths])
+        return {f"{manifest.FOLDER}/{name}.txt": md5(text) for name, text in texts.items()}
 
 
 def checkout(root: Path, commit: str, folder: Path) -> Path:
