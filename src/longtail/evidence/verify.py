@@ -61,7 +61,7 @@ def targets(root: Path, plans: Mapping[str, Any]) -> list[str]:
     for plan, axes in plans.items():
         if "protocols" in axes:
             for chain in chains.of_plan(plan, axes):
-                if f"readout-{plan}@{chain.name}" in lock:
+                if f"predict-{plan}@{chain.name}" in lock:  # what is trained may be adopted before it is read out
                     names += [f"{stage}-{plan}@{chain.name}" for stage in chains.STAGES]
             names.append(f"report-{plan}")
             continue
