@@ -302,7 +302,8 @@ def job(root: Path, one: Stale, steps: int) -> dict[str, Any]:
             "recipe": read[f"recipes.{one.cell.recipe}"], "method": one.cell.method,
             "block": read[f"methods.{one.cell.method}"], "seed": int(one.cell.seed),
         }  # fmt: skip
-    return {"stages": stages, "data": data, "training": training, "steps": steps}
+    about = {"stages": stages, "data": data, "training": training, "steps": steps}
+    return about | ({"chain": True} if isinstance(one.cell, chains.Cell) else {})
 
 
 def difference(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -25,6 +25,7 @@ from longtail.training import engine, inference, provenance
 from longtail.workflow import files, stage
 
 IMAGES = 40  # of a small training split, beside one for each class
+OF_A_CLASS = 8  # of a chain of trainings, whose first step has few classes
 BF16_STEPS = 2  # in bf16 where the processor does not do it: emulated, and slow
 
 
@@ -51,7 +52,7 @@ def main() -> None:
 
 def look(
     folder: str, tree: str, stages: list[dict[str, Any]], data: Mapping[str, str], training: dict[str, Any] | None,
-    steps: int,
+    steps: int, chain: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """{"written": [path], "states": {probe: {"losses": [...], "weights": SHA-256}}} of a cell.
 
@@ -62,12 +63,13 @@ def look(
         data: {relative path: the file that a small copy of comes there}.
         training: {"data", "recipe", "method", "block", "seed"} of the training to begin, None for none.
         steps: of each epoch that is begun.
+        chain: whether it is a chain of trainings.
     """
     back = Path.cwd()
     os.chdir(folder)
     try:
         for path, source in data.items():
-            files.save_arrays(path, **small(files.load_arrays(source)))
+            files.save_arrays(path, **small(files.load_arrays(source), chain))
         for one in stages:
             run_stage(Path(tree), one["argv"], {key: shortened(value) for key, value in one["params"].items()})
         outs = [Path(out) for one in stages for out in one["outs"]]
@@ -92,15 +94,16 @@ def run_stage(tree: Path, argv: list[str], params: Mapping[str, Any]) -> None:
         sys.argv = before
 
 
-def small(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def small(arrays: Mapping[str, np.ndarray], chain: bool) -> dict[str, np.ndarray]:
     """A few images of each split and class, as long-tailed as all of them; what is not of a split stays."""
+    images = OF_A_CLASS * len(arrays["class_names"]) if chain else IMAGES
     kept = dict(arrays)
     for split in inference.SPLITS:
         labels_N = arrays[f"{split}_labels"]
         places: list[int] = []
         for c in np.unique(labels_N):
             rows = np.flatnonzero(labels_N == c)
-            places += [*rows[: math.ceil(len(rows) * IMAGES / len(labels_N))]]
+            places += [*rows[: math.ceil(len(rows) * images / len(labels_N))]]
         for name in (f"{split}_labels", f"{split}_images"):
             kept[name] = arrays[name][sorted(places)]
     return kept
@@ -113,6 +116,7 @@ def shortened(value: Any) -> Any:
     """
     if isinstance(value, Mapping) and {"first", "later"} <= value.keys():
         first, later = shortened(value["first"]), value["later"]
+        first["batch_size"] = min(first["batch_size"], 2 * OF_A_CLASS)
         if later is not None:
             whole = shortened({**value["first"], **later})
             later = {key: whole[key] for key in later}
