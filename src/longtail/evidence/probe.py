@@ -25,7 +25,7 @@ from longtail.training import engine, inference, provenance
 from longtail.workflow import files, stage
 
 IMAGES = 40  # of a small training split, beside one for each class
-OF_A_CLASS = 8  # of a chain of trainings, whose first step has few classes
+OF_A_CLASS, CHAIN_BATCH = 24, 16  # of a chain of trainings: few classes in a step, of which some images are held out
 BF16_STEPS = 2  # in bf16 where the processor does not do it: emulated, and slow
 
 
@@ -116,7 +116,7 @@ def shortened(value: Any) -> Any:
     """
     if isinstance(value, Mapping) and {"first", "later"} <= value.keys():
         first, later = shortened(value["first"]), value["later"]
-        first["batch_size"] = min(first["batch_size"], 2 * OF_A_CLASS)
+        first["batch_size"] = min(first["batch_size"], CHAIN_BATCH)
         if later is not None:
             whole = shortened({**value["first"], **later})
             later = {key: whole[key] for key in later}
