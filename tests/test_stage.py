@@ -101,6 +101,7 @@ def test_a_stage_run_by_hand_says_what_to_do(script):
         "check.py": ["out"],
         "download.py": ["source", "out"],
         "subsample.py": ["source", "dataset", "out", "profile"],
+        "features.py": ["data", "features", "out"],
         "train.py": ["data", "plan", "dataset", "recipe", "method", "seed", "model", "history"],
         "manifests.py": ["out"],
         "refit.py": ["data", "model", "history", "method", "seed", "out", "history_out"],
