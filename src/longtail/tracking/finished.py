@@ -113,7 +113,7 @@ def results(root: Path, plans: Sequence[str] | None) -> tuple[list[Result], list
         if trouble:
             notes.append(f"{cell.plan}: {cell.title}: {trouble}")
         else:
-            found.append(_result(root, cell, entries, stages.get(f"subsample@{cell.dataset}", {})))
+            found.append(_result(root, cell, entries, _data(stages, cell.dataset)))
     return found, notes
 
 
@@ -144,6 +144,12 @@ def _changed(root: Path, cell: Cell, entries: Mapping[str, Mapping[str, Any]]) -
         if md5 != made[path]:
             return f"{path} is not the one in {cell.lock} (MD5 {md5}, there {made[path]}); run `dvc repro`"
     return ""
+
+
+def _data(stages: Mapping[str, Any], dataset: str) -> Mapping[str, Any]:
+    """What the lock has of the stage that made a data set: a cut, or features of one."""
+    found: Mapping[str, Any] = stages.get(f"subsample@{dataset}", stages.get(f"features@{dataset}", {}))
+    return found
 
 
 def _result(root: Path, cell: Cell, entries: Mapping[str, Mapping[str, Any]], subsample: Mapping[str, Any]) -> Result:

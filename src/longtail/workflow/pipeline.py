@@ -48,7 +48,7 @@ def locks(root: Path) -> list[Path]:
 
 def data(dataset: str, params: Mapping[str, Any]) -> str:
     """The stage that makes a data set of a plan: a cut of a source, or features of one."""
-    return f"{SHARED}:{'features' if dataset in params['features'] else 'subsample'}@{dataset}"
+    return f"{SHARED}:{'features' if dataset in params.get('features', ()) else 'subsample'}@{dataset}"
 
 
 def text(plan: str, params: Mapping[str, Any]) -> str:
