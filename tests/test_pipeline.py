@@ -4,8 +4,10 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from dvc.repo import Repo
 from ruamel.yaml import main
 
 from longtail import cli
-from longtail.workflow import declaration, manifest, pipeline
+from longtail.workflow import declaration, files, manifest, pipeline
 from longtail.workflow.cells import Cell, of_plan
 from longtail.workflow.jobs import Job
 from longtail.workflow.locks import STAGES
@@ -445,7 +447,7 @@ class FakeJob:
     is_unchanged = True
     fails = ()
 
-    def __init__(self, environment):
+    def __init__(self, environment, bar=None):
         self.device = environment["LONGTAIL_DEVICE"]
 
     def run(self, addresses):
@@ -545,8 +547,63 @@ def test_a_plan_without_stages_is_named(monkeypatch):
 def test_the_command_names_what_there_is():
     with pytest.raises(ValueError, match=r"plan 'big' is not in params.yaml; there are quick, smoke"):
         cli.run("big", "*", 1)
-    with pytest.raises(ValueError, match=r"--only 'x' matches none of digits_if20-digits-ce-0,"):
+    with pytest.raises(ValueError, match=r"--only 'x' matches no cell; It is one of digits_if20-digits-ce-0,"):
         cli.run("quick", "x", 1)
+
+
+def test_the_name_that_was_meant_is_said():
+    with pytest.raises(
+        ValueError, match=r"plan 'quikc' is not in params.yaml; did you mean quick\? There are quick, smoke"
+    ):
+        cli.run("quikc", "*", 1)
+
+
+def test_a_run_says_which_cell_it_is_at(asked, capsys, monkeypatch):
+    monkeypatch.delenv("LONGTAIL_QUIET", raising=False)
+    assert cli.run("quick", "*-ce-*", 1) == 0
+    said = capsys.readouterr().out
+    assert "cell 1 of 2: digits_if20-digits-ce-0" in said and "cell 2 of 2: digits_if20-digits-ce-1" in said
+
+
+def test_after_ctrl_c_no_other_cell_is_begun(asked, monkeypatch):
+    """The stage that runs has had it as well and failed; the jobs must not take the next cell."""
+    begun = []
+
+    def interrupted(self, addresses):
+        begun.append(addresses)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)  # until the main thread has it
+        return False
+
+    monkeypatch.setattr(FakeJob, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cli.run("quick", "*", 1)
+    assert len(begun) == 1
+
+
+def test_bare_longtail_prints_help(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["longtail"])
+    cli.main()
+    assert "run a plan's cells side by side" in capsys.readouterr().out
+
+
+def test_a_left_over_plan_is_named_and_pruned(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages/dvc.yaml").write_text("stages: {}\n")
+    for plan, text in (("gone", pipeline.text("quick", PARAMS).replace("quick", "gone")), ("own", "stages: {}\n")):
+        files.write_text(f"stages/{plan}/dvc.yaml", text)
+    files.write_text("stages/gone/dvc.lock", "schema: '2.0'\n")
+    monkeypatch.setattr(cli.schema, "load", lambda: PARAMS)
+    monkeypatch.setattr(sys, "argv", ["longtail", "check"])
+    with pytest.raises(SystemExit, match=r"stages/gone/dvc\.yaml: of a plan .* `longtail plan --prune` removes it"):
+        cli.main()
+    monkeypatch.setattr(sys, "argv", ["longtail", "plan", "--prune", "quick"])
+    cli.main()
+    assert capsys.readouterr().out.splitlines() == ["stages/gone/dvc.yaml removed", "stages/quick/dvc.yaml"]
+    assert sorted(path.name for path in (tmp_path / "stages").iterdir()) == ["dvc.yaml", "own", "quick"]
+    monkeypatch.setattr(sys, "argv", ["longtail", "check"])
+    cli.main()
 
 
 def test_the_clone_does_not_import_this_tree(clone):

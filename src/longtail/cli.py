@@ -1,11 +1,14 @@
 """The command `longtail`: what `dvc repro` cannot do by itself. Everything in it calls dvc or the library."""
 
 import argparse
+import difflib
 import fnmatch
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +21,9 @@ from longtail.workflow.cells import Cell, of_plan
 from longtail.workflow.jobs import Job
 from longtail.workflow.locks import MAKERS, STAGES
 from longtail.workflow.pipeline import SHARED
+
+TIMES = "benchmarks/results/time_to_accuracy.csv"
+SHORT_S = 60  # what took less says nothing when it is done
 
 
 def dvc(*args: str, env: dict[str, str] | None = None) -> int:
@@ -49,6 +55,19 @@ def cells_of(plan: str, params: dict[str, Any]) -> Sequence[Cell | chains.Cell]:
     return of_plan(plan, params["plans"][plan])
 
 
+def plans_of(params: dict[str, Any]) -> dict[str, Any]:
+    """All plans, of either kind."""
+    return params["plans"] | chains.plans(params)
+
+
+def known(plan: str, plans: Iterable[str]) -> None:
+    """Raise ValueError for a plan that params.yaml does not have, with the name that was meant where one is close."""
+    if plan not in plans:
+        close = difflib.get_close_matches(plan, list(plans), 1)
+        meant = f"did you mean {close[0]}? There are" if close else "there are"
+        raise ValueError(f"plan {plan!r} is not in params.yaml; {meant} {', '.join(plans)}")
+
+
 def run(plan: str, only: str, jobs: int) -> int:
     """Run a plan's cells, `jobs` side by side, then its readings and report. Returns how many of all these failed.
 
@@ -56,26 +75,52 @@ def run(plan: str, only: str, jobs: int) -> int:
     (cuda:0,cuda:1) are shared by the jobs.
     """
     params = schema.load()
-    plans = params["plans"] | chains.plans(params)
-    if plan not in plans:
-        raise ValueError(f"plan {plan!r} is not in params.yaml; there are {', '.join(plans)}")
-    if not Path(pipeline.file(plan)).exists():
-        raise ValueError(f"plan {plan!r} has no {pipeline.file(plan)}; `longtail plan {plan}` writes it")
-    cells = cells_of(plan, params)
-    chosen = [cell for cell in cells if fnmatch.fnmatchcase(cell.name, only)]
-    if not chosen:
-        raise ValueError(f"--only {only!r} matches none of {', '.join(cell.name for cell in cells)}")
+    chosen = choose(plan, params, only)
     datasets = [pipeline.data(name, params) for name in sorted({cell.dataset for cell in chosen})]
     first = [f"{SHARED}:manifests", *datasets]
     # threads of two trainings on the same cores wait for each other: each gets its own share
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     devices = os.environ.get("LONGTAIL_DEVICE", "").split(",")
-    started = [Job({"OMP_NUM_THREADS": threads, "LONGTAIL_DEVICE": devices[job % len(devices)]}) for job in range(jobs)]
+    started = [
+        Job({"OMP_NUM_THREADS": threads, "LONGTAIL_DEVICE": devices[job % len(devices)]}, bar)
+        for job, bar in enumerate(bars(jobs))
+    ]
     try:
         return run_with(started, params, plan, chosen, first)
     finally:
         for job in started:
             job.close()
+
+
+def choose(plan: str, params: dict[str, Any], only: str) -> list[Cell | chains.Cell]:
+    """The cells of a plan whose names fit a pattern; ValueError names what there is where none does."""
+    known(plan, plans_of(params))
+    if not Path(pipeline.file(plan)).exists():
+        raise ValueError(f"plan {plan!r} has no {pipeline.file(plan)}; `longtail plan {plan}` writes it")
+    cells = cells_of(plan, params)
+    chosen = [cell for cell in cells if fnmatch.fnmatchcase(cell.name, only)]
+    if not chosen:
+        names = [cell.name for cell in cells]
+        close = difflib.get_close_matches(only.strip("*"), names, 1, 0.4)
+        meant = f"did you mean {close[0]}? It" if close else "It"
+        raise ValueError(f"--only {only!r} matches no cell; {meant} is one of {', '.join(names)}")
+    return chosen
+
+
+def dry(plan: str, only: str) -> int:
+    """Say what `run` would do: each cell and why; nothing is run. Returns how many cells have to."""
+    from longtail.evidence import status
+
+    params = schema.load()
+    chosen = choose(plan, params, only)
+    found = [one for one in status.states(Path.cwd(), params, plan) if one.cell in chosen]
+    for one in found:
+        print(f"{one.state:8}{one.cell.name}{f'  ({one.why})' if one.why else ''}")
+    waiting = [one for one in found if one.state in (status.STALE, status.MISSING)]
+    took = status.left(found, status.known_times(Path(TIMES), plan)) if waiting else 0.0
+    hours = "how long that takes is not known yet" if took is None else f"some {status.hours_text(took)} of training"
+    print(f"{len(waiting)} of {len(found)} cells to run" + (f", {hours}" if waiting else ""))
+    return len(waiting)
 
 
 def run_with(
@@ -90,10 +135,20 @@ def run_with(
     for job in jobs:
         free.put(job)
 
+    stopping = threading.Event()
+    places = {cell: place for place, cell in enumerate(chosen, 1)}
+
     def run_cell(cell: Cell | chains.Cell) -> bool:
         job = free.get()
         try:
-            return job.run(steps[cell])
+            if stopping.is_set():
+                return False
+            say(f"cell {places[cell]} of {len(chosen)}: {cell.name}")
+            began = time.monotonic()
+            done = job.run(steps[cell])
+            if done and (took := time.monotonic() - began) > SHORT_S:
+                say(f"cell {places[cell]} of {len(chosen)}: {cell.name} done in {took / 60:.1f} min")
+            return done
         finally:
             free.put(job)
 
@@ -101,8 +156,13 @@ def run_with(
     trained = [cell for cell in chosen if ":train-" in steps[cell][0]]
     failed = []
     with ThreadPoolExecutor(len(jobs)) as pool:
-        for wave in (trained, [cell for cell in chosen if cell not in trained]):
-            failed += [cell for cell, ok in zip(wave, list(pool.map(run_cell, wave)), strict=True) if not ok]
+        try:
+            for wave in (trained, [cell for cell in chosen if cell not in trained]):
+                failed += [cell for cell, ok in zip(wave, list(pool.map(run_cell, wave)), strict=True) if not ok]
+        except KeyboardInterrupt:  # the stages have had it too, and end by themselves
+            stopping.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
     for cell in failed:
         again = f"dvc repro {' '.join(steps[cell][3:] or steps[cell][-1:])}"
         print(f"failed: {cell.name} (the stage's message is above; `{again}` shows DVC's own as well)", file=sys.stderr)
@@ -137,17 +197,50 @@ def sum_up(job: Job, plan: str, axes: dict[str, Any]) -> int:
     return failed
 
 
+def say(text: str) -> None:
+    """A line of progress; none with LONGTAIL_QUIET. Above the bars, where there are some."""
+    if not os.environ.get("LONGTAIL_QUIET"):
+        from tqdm import tqdm
+
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+def bars(jobs: int) -> list[Any]:
+    """A bar for each job on a terminal; elsewhere, and with LONGTAIL_QUIET, none."""
+    if not sys.stderr.isatty() or os.environ.get("LONGTAIL_QUIET"):
+        return [None] * jobs
+    from longtail.workflow.progress import Bar
+
+    return [Bar(place) for place in range(jobs)]
+
+
+def prune(plans: dict[str, Any]) -> list[str]:
+    """Remove what is left of plans that params.yaml has no more: their pipeline, not their results."""
+    gone = pipeline.left_over(Path.cwd(), plans)
+    for file in gone:
+        for path in (Path(file), Path(pipeline.lock(file)), Path(file).with_name("adopted.csv")):
+            path.unlink(missing_ok=True)
+        if not any(Path(file).parent.iterdir()):
+            Path(file).parent.rmdir()
+    return gone
+
+
 def arguments() -> argparse.ArgumentParser:
     """The commands and their flags."""
     parser = argparse.ArgumentParser(prog="longtail", description=__doc__)
     parser.add_argument("--version", action="version", version=f"longtail {metadata.version('longtail')}")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command")
     one = commands.add_parser("run", help="run a plan's cells side by side, then its readings and report")
     one.add_argument("plan", help="a name under `plans` in params.yaml")
     one.add_argument("--jobs", type=int, default=1, help="cells at a time (default 1, with all cores)")
     one.add_argument("--only", default="*", help="pattern of cells' names, e.g. '*-gala-0'")
+    one.add_argument("--dry", action="store_true", help="say which cells would run, and why; run nothing")
+    one = commands.add_parser("status", help="where a plan is: cells done, stale, running, missing; hours left")
+    one.add_argument("plan", nargs="*", help="plans (default: all in params.yaml)")
     one = commands.add_parser("plan", help="write a plan's pipeline file, stages/<plan>/dvc.yaml")
     one.add_argument("plan", nargs="*", help="plans (default: all in params.yaml)")
+    one.add_argument("--prune", action="store_true", help="remove the files of plans that params.yaml has no more")
     one = commands.add_parser("new", help="look at a folder or table of your own, and write a plan for it")
     one.add_argument(
         "where", help="a folder of class folders, or a table (.csv, .parquet) of path,label[,group][,split]"
@@ -193,6 +286,9 @@ def main() -> None:
     """Entry point of `longtail`."""
     parser = arguments()
     args, rest = parser.parse_known_args()
+    if args.command is None:
+        parser.print_help()
+        return
     if args.command == "correct":  # the one that needs no repository
         from longtail import correct
 
@@ -211,15 +307,33 @@ def main() -> None:
         if args.command == "run":
             if args.jobs < 1:
                 raise ValueError(f"--jobs {args.jobs}: must be at least 1")
+            if args.dry:
+                dry(args.plan, args.only)
+                return
             sys.exit(min(1, run(args.plan, args.only, args.jobs)))
+        if args.command == "status":
+            from longtail.evidence import status
+
+            params = schema.load()
+            for plan in args.plan:
+                known(plan, plans_of(params))
+            for plan in args.plan or plans_of(params):
+                print("\n".join(status.overview(Path.cwd(), params, plan, status.known_times(Path(TIMES), plan))))
         if args.command == "check":
-            schema.load()
+            params = schema.load()
+            if gone := pipeline.left_over(Path.cwd(), plans_of(params)):
+                raise ValueError(
+                    f"{', '.join(gone)}: of a plan that params.yaml has no more; every `dvc repro` fails on it. "
+                    "`longtail plan --prune` removes it, its results stay"
+                )
             print("params.yaml fits its schema")
         if args.command == "plan":
             params = schema.load()
-            texts = {
-                plan: pipeline.text(plan, params) for plan in args.plan or [*params["plans"], *chains.plans(params)]
-            }
+            for plan in args.plan:
+                known(plan, plans_of(params))
+            for file in prune(plans_of(params)) if args.prune else ():
+                print(f"{file} removed")
+            texts = {plan: pipeline.text(plan, params) for plan in args.plan or plans_of(params)}
             for plan, text in texts.items():
                 files.write_text(pipeline.file(plan), text)
                 print(pipeline.file(plan))
@@ -232,9 +346,10 @@ def main() -> None:
             from longtail.evidence import verify
 
             params = schema.load()
-            chosen = args.plan or verify.with_results(".", [*params["plans"], *chains.plans(params)])
+            chosen = args.plan or verify.with_results(".", plans_of(params))
             wrong = verify.verify(".", params, chosen)
-            print("\n".join(wrong) or f"as committed: {', '.join(chosen)}")
+            consistent = f"the results of {', '.join(chosen)} are those of this code and these params"
+            print("\n".join(wrong) or consistent)
             sys.exit(1 if wrong else 0)
         if args.command == "adopt":
             from longtail.evidence import adopt, verify
@@ -242,7 +357,7 @@ def main() -> None:
             params = schema.load()
             if repro("-q", "-s", f"{SHARED}:check", f"{SHARED}:manifests"):
                 raise ValueError(f"the manifests could not be written; `dvc repro {SHARED}:manifests` says why")
-            chosen = args.plan or verify.with_results(".", [*params["plans"], *chains.plans(params)])
+            chosen = args.plan or verify.with_results(".", plans_of(params))
             sys.exit(min(1, adopt.adopt(Path.cwd(), params, chosen, args.only, args.steps)))
         if args.command == "track":
             from longtail.tracking import runs
@@ -276,6 +391,9 @@ def main() -> None:
         sys.exit(f"error: {error}")
     except OSError as error:
         sys.exit(f"error: {files.said(error)}")
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -15,18 +15,25 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from longtail.workflow import warm
+
+if TYPE_CHECKING:
+    from longtail.workflow.progress import Bar
 
 WRITE_AFTER_S = 60  # what a `kill -9` may cost: the record of the last minute's stages
 
 
 class Job:
-    """The process, started when there is work; `environment` is what it has besides this one's."""
+    """The process, started when there is work; `environment` is what it has besides this one's.
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    With a `bar`, what its stages print goes there.
+    """
+
+    def __init__(self, environment: Mapping[str, str], bar: "Bar | None" = None) -> None:
         self.environment = dict(environment)
+        self.bar = bar
         self.process: subprocess.Popen | None = None
         self.connection: Connection
 
@@ -44,7 +51,10 @@ class Job:
             with other:
                 command = [sys.executable, "-m", "longtail.workflow.jobs", str(other.fileno())]
                 env = {**os.environ, **self.environment}
-                self.process = subprocess.Popen(command, env=env, pass_fds=[other.fileno()])
+                out = {} if self.bar is None else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+                self.process = subprocess.Popen(command, env=env, pass_fds=[other.fileno()], text=True, **out)  # type: ignore[call-overload]
+                if self.bar is not None:
+                    self.bar.follow(self.process.stdout)  # type: ignore[arg-type]
         try:
             self.connection.send((what, list(addresses)))
             return bool(self.connection.recv())

@@ -51,6 +51,19 @@ def data(dataset: str, params: Mapping[str, Any]) -> str:
     return f"{SHARED}:{'features' if dataset in params.get('features', ()) else 'subsample'}@{dataset}"
 
 
+def left_over(root: Path, plans: Mapping[str, Any]) -> list[str]:
+    """The pipeline files of plans that params.yaml has no more: with one of them, every `dvc repro` fails.
+
+    A file counts when it says that `longtail plan` wrote it for the plan of its folder; others are somebody's own.
+    """
+    found = []
+    for path in sorted(root.glob(file("*"))):
+        plan = path.parent.name
+        if plan not in plans and f"written by `longtail plan {plan}`" in path.read_text().partition("\n")[0]:
+            found.append(file(plan))
+    return found
+
+
 def text(plan: str, params: Mapping[str, Any]) -> str:
     """The content of a plan's pipeline file: its cells' stages, with second stages and readings where it has any.
 

@@ -7,13 +7,15 @@ that made the result; the guard compares both ends and fails the stage, so that 
 import argparse
 import hashlib
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 from longtail.workflow import declaration, manifest
 from longtail.workflow import params as schema
@@ -124,6 +126,26 @@ def declared() -> Stage:
     return Stage(stage.name, stage.cmd, sorted(deps), sorted(keys))
 
 
+def resumed(checkpoint: Path) -> int | None:
+    """The epoch that a training goes on with, from 1; None where it begins, or where its checkpoint is of no use."""
+    if not checkpoint.exists():
+        return None
+    import torch
+
+    try:  # whether it belongs to this training and can be read is the training's own business
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        return int(state["training"]["epoch"])
+    except Exception:
+        return None
+
+
+def stopped(*_: object) -> NoReturn:
+    """Ctrl-C: end now. Files are whole or not there, so there is nothing to tidy up; a training has its checkpoint."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+    os._exit(128 + signal.SIGINT)
+
+
 GIVEN: dict[str, Any] = {}  # params, where no `dvc repro` runs the stage: see `given`
 
 
@@ -154,11 +176,15 @@ def run(*flags: str) -> Iterator[tuple[SimpleNamespace, dict[str, Any]]]:
         args.stage, args.fingerprint = "probe", "probe"
         yield args, dict(GIVEN["params"])
         return
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, stopped)
     try:
         stage, code, checked = declared(), Code(), schema.load()
         args.stage = stage.name
         stage.check_code(code, checked)
         args.fingerprint, params = stage.facts(code)
+        if epoch := resumed(Path("runs/.checkpoints") / f"{args.fingerprint}.pt"):
+            print(f"{stage.name.partition('@')[2]} goes on from epoch {epoch}", flush=True)
         yield args, params
         if stage.facts(code)[0] != args.fingerprint:
             sys.exit(
