@@ -1,10 +1,11 @@
-"""Copy tables of committed results into the documents that speak of them; no number there is typed by hand.
+"""Copy tables and a picture of committed results into the documents that show them; no number is typed by hand.
 
 python docs/tables.py            # from results/*/table.md
 python docs/tables.py --check    # exits with 1 when a document has another table than the committed results
 """
 
 import argparse
+import base64
 import subprocess
 import sys
 from collections.abc import Callable
@@ -43,6 +44,14 @@ COPIES: dict[str, tuple[str, Callable[[str], str]]] = {
 }
 
 
+PAGE, PICTURE = "results/paper-cifar100/report.html", "docs/paper-cifar100.png"  # the page's first picture
+
+
+def picture(page: str) -> bytes:
+    """The first picture of a page, which has all of them in itself."""
+    return base64.b64decode(page.split("data:image/png;base64,")[1].partition('"')[0])
+
+
 def with_table(document: str, copied: str) -> str:
     """`document` with `copied` between its two marks."""
     before, rest = document.split(START)
@@ -66,3 +75,5 @@ if __name__ == "__main__":
             (ROOT / document).write_text(with_table(text, copy(table)))
         elif text != with_table(text, copy(table)):
             sys.exit(f"{document} has another table than the committed {results}: python docs/tables.py")
+    if not check:
+        (ROOT / PICTURE).write_bytes(picture((ROOT / PAGE).read_text()))
