@@ -580,7 +580,8 @@ def test_a_report_of_a_chain_says_what_it_rests_on(chain, tmp_path):
     text = (tmp_path / "out/table.md").read_text()
     assert protocol.order_hash(np.array(small_chain.ORDER["listed"])) in text
     assert "24 of 24, 24 of 24, 24 of 24" in text and "| WA | CNN | 50.0 | - |" in text and "elsewhere" not in text
-    assert "1 of 2 cells have run; still to come: d-o-p-r-t-1." in text
+    assert "1 of 2 cells have run; `longtail status x` says which are to come." in text
+    assert "settled for these networks, one seed" in text
     raw = found.summary["readouts"]["none"]
     assert f"| t | as trained | 1 | {100 * raw['average']:.1f} |" in text
     page = (tmp_path / "out/report.html").read_text()

@@ -193,6 +193,7 @@ def answer(training: str, of: Mapping[str, Line]) -> str:
     if line is None or line.gain is None:
         return f"{said}."
     sure = "settled" if line.gain[1] > 0 or line.gain[2] < 0 else "not settled"
+    sure += "" if line.seeds > 1 else " for these networks, one seed"
     best = max(of.values(), key=lambda line: line.measures["last"][0])
     return (
         f"{said}, {spread(*line.measures['last'])} % with energy aligning ({points(line.gain)} points, {sure}). "
@@ -397,7 +398,7 @@ def build(
         "Class-incremental learning: classes arrive in steps, few images of old ones are kept; each training once, "
         f"every correction on its saved logits. {len(chains)} of {len(chains) + len(absent)} cells have run"
     )
-    waiting = f"; still to come: {', '.join(cell.name for cell in absent)}." if absent else "."
+    waiting = f"; `longtail status {plan_name}` says which are to come." if absent else "."
     return Document(f"Plan {plan_name}", under + waiting, sections)
 
 
