@@ -58,7 +58,7 @@ def test_a_renamed_local_variable_is_adopted_by_every_cell_and_a_changed_momentu
     assert f"adopted  quick {CE}: train" in lines
     after = lock(bare)
     assert after != before
-    assert said(bare, "verify", "quick") == (0, ["as committed: quick"])
+    assert said(bare, "verify", "quick") == (0, ["the results of quick are those of this code and these params"])
     # the training that made the cell is still known
     name = f"train-quick@{CE}"
     now = locks.identity(locks.read_lock(bare / "stages/quick/dvc.lock")[name])

@@ -83,7 +83,7 @@ def test_every_manifest_is_asked_for_and_there(stages):
 
 
 def test_every_cell_of_every_plan_has_its_stages_and_there_are_no_others(stages):
-    plans = PARAMS["plans"]
+    plans = cli.plans_of(PARAMS)
     expected = {
         "quick",
         *(f"stages/dvc.yaml:{name}" for name in ("check", "manifests", "fisher")),
@@ -92,17 +92,12 @@ def test_every_cell_of_every_plan_has_its_stages_and_there_are_no_others(stages)
         *(f"stages/dvc.yaml:features@{name}" for name in PARAMS["features"]),
         *(f"stages/{plan}/dvc.yaml:report-{plan}" for plan in plans),
         *(f"stages/{plan}/dvc.yaml:readings-{plan}" for plan, block in plans.items() if block.get("readings")),
-        *(
-            address
-            for plan, block in plans.items()
-            for cell in of_plan(plan, block)
-            for address in cli.stages(PARAMS, cell)
-        ),
+        *(address for plan in plans for cell in cli.cells_of(plan, PARAMS) for address in cli.stages(PARAMS, cell)),
     }
     assert set(stages) == expected
 
 
-@pytest.mark.parametrize("plan", PARAMS["plans"])
+@pytest.mark.parametrize("plan", cli.plans_of(PARAMS))
 def test_a_plans_file_is_what_the_template_gives(plan):
     assert (ROOT / pipeline.file(plan)).read_text() == pipeline.text(plan, PARAMS), f"longtail plan {plan}"
 
@@ -545,7 +540,7 @@ def test_a_plan_without_stages_is_named(monkeypatch):
 
 
 def test_the_command_names_what_there_is():
-    with pytest.raises(ValueError, match=r"plan 'big' is not in params.yaml; there are quick, smoke"):
+    with pytest.raises(ValueError, match=r"plan 'big' is not in params.yaml; there are quick, frozen-cifar100, smoke"):
         cli.run("big", "*", 1)
     with pytest.raises(ValueError, match=r"--only 'x' matches no cell; It is one of digits_if20-digits-ce-0,"):
         cli.run("quick", "x", 1)
@@ -553,7 +548,8 @@ def test_the_command_names_what_there_is():
 
 def test_the_name_that_was_meant_is_said():
     with pytest.raises(
-        ValueError, match=r"plan 'quikc' is not in params.yaml; did you mean quick\? There are quick, smoke"
+        ValueError,
+        match=r"plan 'quikc' is not in params.yaml; did you mean quick\? There are quick, frozen-cifar100, smoke",
     ):
         cli.run("quikc", "*", 1)
 
