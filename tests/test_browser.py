@@ -25,11 +25,8 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(shutil.which("chromedriver") is None, reason="no chromedriver: apt-get install chromium-driver"),
 ]
-PAGES = sorted(
-    path.relative_to(ROOT).as_posix()
-    for path in (ROOT / "results").glob("*/report.html")
-    if not path.parent.name.startswith("incremental")
-)  # their first screen has other columns
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "results").glob("*/report.html"))
+CHAINS = [page for page in PAGES if page.startswith("results/incremental-")]
 with (ROOT / "data/published.csv").open(newline="") as table:
     SOURCES = {row["url"] for row in csv.DictReader(table)} - {""}
 IMAGES = """
@@ -112,7 +109,7 @@ return {
 
 
 @pytest.mark.parametrize(("width", "height", "screens"), [(1400, 900, 1), (420, 850, 2.5)])
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in CHAINS])
 def test_the_first_screen_answers(chromium, page, width, height, screens):
     """The sentence, the winner in the table, on a desktop the whole picture; all else is folded, with a sentence."""
     chromium.size(width, height)
@@ -125,6 +122,18 @@ def test_the_first_screen_answers(chromium, page, width, height, screens):
     assert seen["picture"]["bottom"] < screens * height
     assert seen["alt"].startswith("Test accuracy, the highest method first. ") and " %" in seen["alt"]
     assert seen["open"] == 0 and len(seen["says"]) == seen["parts"] > 5 and all(len(text) > 15 for text in seen["says"])
+
+
+@pytest.mark.parametrize("page", CHAINS)
+def test_the_first_screen_of_chains_answers(chromium, page):
+    """What energy aligning is worth after the last step, every read-out beside it, and the bias in a picture."""
+    chromium.size(1400, 900)
+    chromium.open((ROOT / page).as_uri(), "Results of plan")
+    seen = chromium.run(FIRST)
+    assert re.search(r"after the last step as trained, .* with energy aligning \(.*settled", seen["answer"])
+    assert seen["table"]["bottom"] < 900 and seen["picture"]["bottom"] < 900 and seen["right"] <= 1400
+    assert re.search(r"as trained \d+ % for the old ones and \d+ % for the newest", seen["alt"])
+    assert seen["open"] == 0 and len(seen["says"]) == seen["parts"] > 4
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -282,6 +282,130 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
+def do_run(args: argparse.Namespace) -> None:
+    """Run a plan's cells, or say what would run."""
+    if args.jobs < 1:
+        raise ValueError(f"--jobs {args.jobs}: must be at least 1")
+    if args.dry:
+        dry(args.plan, args.only)
+        return
+    sys.exit(min(1, run(args.plan, args.only, args.jobs)))
+
+
+def do_status(args: argparse.Namespace) -> None:
+    """Say where plans are."""
+    from longtail.evidence import status
+
+    params = schema.load()
+    for plan in args.plan:
+        known(plan, plans_of(params))
+    for plan in args.plan or plans_of(params):
+        print("\n".join(status.overview(Path.cwd(), params, plan, status.known_times(Path(TIMES), plan))))
+
+
+def do_check(args: argparse.Namespace) -> None:
+    """Check params.yaml, and that no pipeline file is left over."""
+    params = schema.load()
+    if gone := pipeline.left_over(Path.cwd(), plans_of(params)):
+        raise ValueError(
+            f"{', '.join(gone)}: of a plan that params.yaml has no more; every `dvc repro` fails on it. "
+            "`longtail plan --prune` removes it, its results stay"
+        )
+    print("params.yaml fits its schema")
+
+
+def do_plan(args: argparse.Namespace) -> None:
+    """Write pipeline files."""
+    params = schema.load()
+    for plan in args.plan:
+        known(plan, plans_of(params))
+    for file in prune(plans_of(params)) if args.prune else ():
+        print(f"{file} removed")
+    texts = {plan: pipeline.text(plan, params) for plan in args.plan or plans_of(params)}
+    for plan, text in texts.items():
+        files.write_text(pipeline.file(plan), text)
+        print(pipeline.file(plan))
+
+
+def do_new(args: argparse.Namespace) -> None:
+    """Look at one's own data, and write a plan."""
+    from longtail import new
+
+    wishes = new.Chosen(args.name, args.features, args.broken, args.duplicates, args.size, args.test_per_class)
+    print("\n".join(new.new(args.where, wishes)))
+
+
+def do_verify(args: argparse.Namespace) -> None:
+    """Hold committed results against the code."""
+    from longtail.evidence import verify
+
+    params = schema.load()
+    chosen = args.plan or verify.with_results(".", plans_of(params))
+    wrong = verify.verify(".", params, chosen)
+    consistent = f"the results of {', '.join(chosen)} are those of this code and these params"
+    print("\n".join(wrong) or consistent)
+    sys.exit(1 if wrong else 0)
+
+
+def do_adopt(args: argparse.Namespace) -> None:
+    """Record cells of other code whose numbers are the same."""
+    from longtail.evidence import adopt, verify
+
+    params = schema.load()
+    if repro("-q", "-s", f"{SHARED}:check", f"{SHARED}:manifests"):
+        raise ValueError(f"the manifests could not be written; `dvc repro {SHARED}:manifests` says why")
+    chosen = args.plan or verify.with_results(".", plans_of(params))
+    sys.exit(min(1, adopt.adopt(Path.cwd(), params, chosen, args.only, args.steps)))
+
+
+def do_track(args: argparse.Namespace) -> None:
+    """Mirror results into MLflow, chains of trainings too."""
+    from longtail.tracking import runs
+
+    with_chains = chains.plans(schema.load())
+    others = [plan for plan in args.plan if plan not in with_chains]
+    if others or not args.plan:
+        runs.track(Path.cwd(), others or None)
+    if chosen := {plan: axes for plan, axes in with_chains.items() if plan in (args.plan or with_chains)}:
+        from longtail.incremental import tracking
+
+        tracking.track(Path.cwd(), chosen)
+
+
+def do_export(args: argparse.Namespace) -> None:
+    """Write a trained cell as a file that needs no code of ours."""
+    from longtail.tracking import export
+
+    export.check_target(args.out)
+    chosen = export.Trained(Path.cwd(), args.plan, args.cell, args.correction)
+    difference = export.export(chosen, args.out)
+    print(f"{args.out}: logits within {difference:.1g} nats of the pipeline's on {export.CHECKED} test images")
+
+
+def do_register(args: argparse.Namespace) -> None:
+    """Put a trained cell into MLflow's registry."""
+    from longtail.tracking import export, runs
+
+    chosen = export.Trained(Path.cwd(), args.plan, args.cell, args.correction)
+    address = export.register(chosen, Path.cwd(), name=args.name, alias=args.alias)
+    uri, _ = runs.location(Path.cwd())
+    print(f"{address}\nMLFLOW_TRACKING_URI={uri} mlflow models serve -m {address} --env-manager local -p 5001")
+
+
+COMMANDS = {
+    "run": do_run,
+    "status": do_status,
+    "check": do_check,
+    "plan": do_plan,
+    "new": do_new,
+    "verify": do_verify,
+    "adopt": do_adopt,
+    "track": do_track,
+    "export": do_export,
+    "register": do_register,
+}
+
+
 def main() -> None:
     """Entry point of `longtail`."""
     parser = arguments()
@@ -304,89 +428,7 @@ def main() -> None:
     if not Path(SHARED).exists():
         sys.exit(f"error: no {SHARED} here; run longtail in the root of the repository")
     try:
-        if args.command == "run":
-            if args.jobs < 1:
-                raise ValueError(f"--jobs {args.jobs}: must be at least 1")
-            if args.dry:
-                dry(args.plan, args.only)
-                return
-            sys.exit(min(1, run(args.plan, args.only, args.jobs)))
-        if args.command == "status":
-            from longtail.evidence import status
-
-            params = schema.load()
-            for plan in args.plan:
-                known(plan, plans_of(params))
-            for plan in args.plan or plans_of(params):
-                print("\n".join(status.overview(Path.cwd(), params, plan, status.known_times(Path(TIMES), plan))))
-        if args.command == "check":
-            params = schema.load()
-            if gone := pipeline.left_over(Path.cwd(), plans_of(params)):
-                raise ValueError(
-                    f"{', '.join(gone)}: of a plan that params.yaml has no more; every `dvc repro` fails on it. "
-                    "`longtail plan --prune` removes it, its results stay"
-                )
-            print("params.yaml fits its schema")
-        if args.command == "plan":
-            params = schema.load()
-            for plan in args.plan:
-                known(plan, plans_of(params))
-            for file in prune(plans_of(params)) if args.prune else ():
-                print(f"{file} removed")
-            texts = {plan: pipeline.text(plan, params) for plan in args.plan or plans_of(params)}
-            for plan, text in texts.items():
-                files.write_text(pipeline.file(plan), text)
-                print(pipeline.file(plan))
-        if args.command == "new":
-            from longtail import new
-
-            wishes = new.Chosen(args.name, args.features, args.broken, args.duplicates, args.size, args.test_per_class)
-            print("\n".join(new.new(args.where, wishes)))
-        if args.command == "verify":
-            from longtail.evidence import verify
-
-            params = schema.load()
-            chosen = args.plan or verify.with_results(".", plans_of(params))
-            wrong = verify.verify(".", params, chosen)
-            consistent = f"the results of {', '.join(chosen)} are those of this code and these params"
-            print("\n".join(wrong) or consistent)
-            sys.exit(1 if wrong else 0)
-        if args.command == "adopt":
-            from longtail.evidence import adopt, verify
-
-            params = schema.load()
-            if repro("-q", "-s", f"{SHARED}:check", f"{SHARED}:manifests"):
-                raise ValueError(f"the manifests could not be written; `dvc repro {SHARED}:manifests` says why")
-            chosen = args.plan or verify.with_results(".", plans_of(params))
-            sys.exit(min(1, adopt.adopt(Path.cwd(), params, chosen, args.only, args.steps)))
-        if args.command == "track":
-            from longtail.tracking import runs
-
-            with_chains = chains.plans(schema.load())
-            others = [plan for plan in args.plan if plan not in with_chains]
-            if others or not args.plan:
-                runs.track(Path.cwd(), others or None)
-            if chosen := {plan: axes for plan, axes in with_chains.items() if plan in (args.plan or with_chains)}:
-                from longtail.incremental import tracking
-
-                tracking.track(Path.cwd(), chosen)
-        if args.command in ("export", "register"):
-            from longtail.tracking import export, runs
-
-            if args.command == "export":
-                export.check_target(args.out)
-            chosen = export.Trained(Path.cwd(), args.plan, args.cell, args.correction)
-            if args.command == "export":
-                difference = export.export(chosen, args.out)
-                print(
-                    f"{args.out}: logits within {difference:.1g} nats of the pipeline's on {export.CHECKED} test images"
-                )
-            else:
-                address = export.register(chosen, Path.cwd(), name=args.name, alias=args.alias)
-                uri, _ = runs.location(Path.cwd())
-                print(
-                    f"{address}\nMLFLOW_TRACKING_URI={uri} mlflow models serve -m {address} --env-manager local -p 5001"
-                )
+        COMMANDS[args.command](args)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     except OSError as error:

@@ -399,7 +399,7 @@ def build(
         f"every correction on its saved logits. {len(chains)} of {len(chains) + len(absent)} cells have run"
     )
     waiting = f"; `longtail status {plan_name}` says which are to come." if absent else "."
-    return Document(f"Plan {plan_name}", under + waiting, sections)
+    return Document(f"Results of plan {plan_name}", under + waiting, sections)
 
 
 def settings(plan: Mapping[str, Any], chains: Sequence[Chain]) -> dict[Setting, list[Chain]]:

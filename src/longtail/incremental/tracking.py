@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longtail.incremental.report import readout_name
-from longtail.tracking.runs import ARTIFACTS, Store, open_store
+from longtail.tracking.runs import Store, log_rows, open_store, upload
 from longtail.workflow import chains, files
 from longtail.workflow.fingerprint import digest
 from longtail.workflow.locks import entry_files, identity, keys, read_locks
@@ -82,13 +82,7 @@ def _plan_run(store: Store, runs: "Sequence[Run]", root: Path, plan: str) -> "Ru
     tags = {"longtail.kind": "plan", "longtail.plan": plan}
     found = [run for run in runs if tags.items() <= run.data.tags.items()]
     run = found[0] if found else store.client.create_run(store.experiment, run_name=plan, tags=tags)
-    for name in ARTIFACTS:
-        path, tag = root / "results" / plan / name, f"longtail.md5.{name}"
-        if path.is_file():
-            md5 = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-            if run.data.tags.get(tag) != md5:
-                store.client.log_artifact(run.info.run_id, str(path))
-                store.client.set_tag(run.info.run_id, tag, md5)
+    upload(store, root, plan, run)
     if not found:
         store.client.set_terminated(run.info.run_id)
     return run
@@ -108,7 +102,7 @@ def _create(store: Store, root: Path, cell: chains.Cell, key: str, params: Mappi
     run = store.client.create_run(store.experiment, run_name=cell.title, tags=tags).info.run_id
     shown = dict(flat_params(params)) | {"order_sha256": summary["order_sha256"]}
     store.client.log_batch(run, params=[Param(name, str(value)[:500]) for name, value in shown.items()])
-    _log(store, run, [*_curves(history), *_metrics("none", summary, steps)])
+    log_rows(store.client, run, [*_curves(history), *_metrics("none", summary, steps)])
     for name in ("summary.json", "steps.csv", "confusion.csv"):
         store.client.log_artifact(run, str(folder / name))
     made = [run]
@@ -116,7 +110,7 @@ def _create(store: Store, root: Path, cell: chains.Cell, key: str, params: Mappi
         tags |= {"mlflow.parentRunId": run, "longtail.kind": "readout", "longtail.readout": readout}
         title = f"{readout_name(readout)} · {cell.title}"
         made.append(store.client.create_run(store.experiment, run_name=title, tags=tags).info.run_id)
-        _log(store, made[-1], [*_metrics(readout, summary, steps)])
+        log_rows(store.client, made[-1], [*_metrics(readout, summary, steps)])
     for one in reversed(made):
         store.client.set_terminated(one)
         store.client.log_batch(one, tags=[RunTag("longtail.current", "yes"), RunTag("longtail.key", key)])
@@ -158,8 +152,3 @@ def _metrics(readout: str, summary: Mapping[str, Any], steps: Sequence[Mapping[s
     for name in OVER_STEPS:
         if summary["readouts"][readout][name] is not None:
             yield Metric(f"over steps/{name}", float(summary["readouts"][readout][name]), 0, 0)
-
-
-def _log(store: Store, run: str, rows: "Sequence[Metric]") -> None:
-    for start in range(0, len(rows), 1000):
-        store.client.log_batch(run, metrics=rows[start : start + 1000])

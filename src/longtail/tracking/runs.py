@@ -245,7 +245,7 @@ def sync(root: str | Path, plans: Sequence[str] | None = None) -> Summary:
                 others = [run for run in same if run.info.run_id != current]
                 counts["superseded"] += sum(_supersede(store, root, run, result) for run in others)
             for plan, parent in parents.items():
-                _upload(store, root, plan, parent)
+                upload(store, root, plan, parent)
     return Summary(**counts, notes=tuple(notes), page=page)
 
 
@@ -288,7 +288,7 @@ def _complete(store: Store, run: "Run", result: Result, tags: dict[str, str]) ->
     there = {(name, row.step) for name in run.data.metrics for row in client.get_metric_history(run_id, name)}
     rows = [Metric(*row) for row in result.rows() if (row[0], row[3]) not in there]
     params = [Param(key, value) for key, value in result.params.items() if key not in run.data.params]
-    _log_rows(client, run_id, rows)
+    log_rows(client, run_id, rows)
     for start in range(0, len(params), 100):
         client.log_batch(run_id, params=params[start : start + 100])
     client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
@@ -302,7 +302,8 @@ def _complete(store: Store, run: "Run", result: Result, tags: dict[str, str]) ->
     client.log_batch(run_id, tags=[RunTag(name, value) for name, value in key.items()])
 
 
-def _log_rows(client: "MlflowClient", run_id: str, rows: "Sequence[Metric]") -> None:
+def log_rows(client: "MlflowClient", run_id: str, rows: "Sequence[Metric]") -> None:
+    """Write metrics to a run, as many at once as MLflow takes."""
     for start in range(0, len(rows), BATCH):
         client.log_batch(run_id, metrics=rows[start : start + BATCH])
 
@@ -332,7 +333,7 @@ def _writes(root: Path, training: str) -> bool:
         return False
 
 
-def _upload(store: Store, root: Path, plan: str, parent: "Run") -> None:
+def upload(store: Store, root: Path, plan: str, parent: "Run") -> None:
     """Attach the plan's table and page where they changed."""
     for name in ARTIFACTS:
         path, tag = root / "results" / plan / name, f"longtail.md5.{name}"
@@ -465,7 +466,7 @@ class _LiveRun:
             for name, value in message["values"].items()
             if (f"curve/{name}", message["epoch"]) not in self.there
         ]
-        _log_rows(self.client, self.run_id, rows)
+        log_rows(self.client, self.run_id, rows)
 
     def end(self, outcome: str) -> None:
         """Say how training ended; after a good end the run stays open until `sync` finishes it."""
