@@ -231,7 +231,7 @@ def facts(chains: Sequence[Chain]) -> list[str]:
     kept = ", ".join(f"{size['memory_after']} of {size['memory_budget']}" for size in sizes)
     said = [
         f"Class order {setting.order}: {listed} ...; SHA-256 of all {summary['classes']} ids joined by commas "
-        f"{summary['order_sha256']}.",
+        f"`{summary['order_sha256']}`.",
         f"Classes seen after each step: {', '.join(map(str, summary['ends']))}. Images kept: {kept}. Trained on: "
         f"{', '.join(str(size['train_images']) for size in sizes)}; held out of all training, to fit corrections on: "
         f"{', '.join(str(size['held_out_images']) for size in sizes)}.",
