@@ -110,15 +110,19 @@ def test_embeddings_need_no_image(here: Path) -> None:
     assert read(found["sources"]["clip"])["train_images"].shape == (28, 1, 1, 7)
 
 
-def test_a_block_goes_to_the_end_of_its_section() -> None:
-    text = "plans:\n  a:\n    x: 1  # of a\n\n# Of sources.\nsources:\n  b:\n    y: 2\n"
-    found = new.inserted(text, "plans", "c", {"x": [1, 2], "path": "/it's", "flag": True})
+def test_a_block_is_written_as_an_experiment_would_leave_it(tmp_path: Path) -> None:
+    from dvc.utils.hydra import apply_overrides
+
+    text = "plans:\n  z:\n    u: []\n  a:\n    x: 1   # of a\n\n# Of sources.\nsources:\n  b:\n    y: 2\n"
+    found = new.inserted(text, "plans", "c", {"x": [1, 2], "path": "/it's: a", "flag": True})
     assert found == (
-        "plans:\n  a:\n    x: 1  # of a\n  c:\n    x: [1, 2]\n    path: '/it''s'\n    flag: true\n\n"
-        "# Of sources.\nsources:\n  b:\n    y: 2\n"
+        'plans:\n  z:\n    u: []\n  c:\n    x:\n    - 1\n    - 2\n    path: "/it\'s: a"\n    flag: true\n'
+        "  a:\n    x: 1   # of a\n\n# Of sources.\nsources:\n  b:\n    y: 2\n"
     )
-    assert yaml.safe_load(found)["plans"]["c"]["path"] == "/it's"
-    assert new.inserted(text, "sources", "d", {"z": 3}).endswith("    y: 2\n  d:\n    z: 3\n")
+    assert "sources:\n  d:\n    z: 3\n  b:\n    y: 2\n" in new.inserted(text, "sources", "d", {"z": 3})
+    (tmp_path / "params.yaml").write_text(found)
+    apply_overrides(tmp_path / "params.yaml", ["sources.b.y=3"])
+    assert (tmp_path / "params.yaml").read_text() == found.replace("y: 2", "y: 3")
 
 
 def test_time_is_said_from_what_a_step_takes() -> None:

@@ -347,6 +347,19 @@ def test_yaml_of_another_kind_is_refused_or_read_as_meant(tmp_path, old, new, me
         params.load(path)
 
 
+def test_an_experiment_changes_one_line_of_params(tmp_path):
+    """`dvc exp run -S` writes the file anew: it is kept in the form that DVC writes."""
+    from dvc.utils.hydra import apply_overrides
+
+    path = tmp_path / "params.yaml"
+    before = (ROOT / "params.yaml").read_text()
+    path.write_text(before)
+    apply_overrides(path, ["methods.gala.lambda1=0.8"])
+    pairs = zip(before.splitlines(), path.read_text().splitlines(), strict=True)
+    changed = [pair for pair in pairs if len({*pair}) > 1]
+    assert changed == [("    lambda1: 1.0", "    lambda1: 0.8")]
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
 def test_params_in_another_encoding_are_named(tmp_path, encoding):
     path = tmp_path / "params.yaml"

@@ -15,7 +15,7 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
-from longtail.workflow import chains, files, pipeline
+from longtail.workflow import chains, files, focus, pipeline
 from longtail.workflow import params as schema
 from longtail.workflow.cells import Cell, of_plan
 from longtail.workflow.jobs import Job
@@ -97,6 +97,7 @@ def choose(plan: str, params: dict[str, Any], only: str) -> list[Cell | chains.C
     known(plan, plans_of(params))
     if not Path(pipeline.file(plan)).exists():
         raise ValueError(f"plan {plan!r} has no {pipeline.file(plan)}; `longtail plan {plan}` writes it")
+    focus.check(Path.cwd(), plan)
     cells = cells_of(plan, params)
     chosen = [cell for cell in cells if fnmatch.fnmatchcase(cell.name, only)]
     if not chosen:
@@ -241,6 +242,9 @@ def arguments() -> argparse.ArgumentParser:
     one = commands.add_parser("plan", help="write a plan's pipeline file, stages/<plan>/dvc.yaml")
     one.add_argument("plan", nargs="*", help="plans (default: all in params.yaml)")
     one.add_argument("--prune", action="store_true", help="remove the files of plans that params.yaml has no more")
+    one = commands.add_parser("focus", help="hide the pipelines of other plans from DVC: its commands start in seconds")
+    one.add_argument("plan", nargs="*", help="plans that DVC is to see (default: say which it sees)")
+    one.add_argument("--all", action="store_true", help="let it see all of them again")
     one = commands.add_parser("new", help="look at a folder or table of your own, and write a plan for it")
     one.add_argument(
         "where", help="a folder of class folders, or a table (.csv, .parquet) of path,label[,group][,split]"
@@ -299,8 +303,15 @@ def do_status(args: argparse.Namespace) -> None:
     params = schema.load()
     for plan in args.plan:
         known(plan, plans_of(params))
-    for plan in args.plan or plans_of(params):
-        print("\n".join(status.overview(Path.cwd(), params, plan, status.known_times(Path(TIMES), plan))))
+        focus.check(Path.cwd(), plan)
+    hidden = focus.hidden(Path.cwd(), plans_of(params))
+    chosen = args.plan or [plan for plan in plans_of(params) if plan not in hidden]
+    stale = status.stale(Path.cwd(), params, chosen)
+    for plan in chosen:
+        times = status.known_times(Path(TIMES), plan)
+        print("\n".join(status.overview(Path.cwd(), params, plan, times, stale)))
+    if hidden and not args.plan:
+        print(f"hidden from DVC: {', '.join(hidden)} (`longtail focus --all` shows them)")
 
 
 def do_check(args: argparse.Namespace) -> None:
@@ -325,6 +336,25 @@ def do_plan(args: argparse.Namespace) -> None:
     for plan, text in texts.items():
         files.write_text(pipeline.file(plan), text)
         print(pipeline.file(plan))
+    for plan in args.plan:
+        focus.add(Path.cwd(), plan)
+
+
+def do_focus(args: argparse.Namespace) -> None:
+    """Hide plans from DVC, show them, or say which it sees."""
+    if args.all and args.plan:
+        raise ValueError("--all shows every plan: name none")
+    plans = plans_of(schema.load())
+    for plan in args.plan:
+        known(plan, plans)
+    if args.all:
+        focus.clear(Path.cwd())
+    elif args.plan:
+        focus.write(Path.cwd(), args.plan)
+    hidden = focus.hidden(Path.cwd(), plans)
+    print(f"DVC sees {', '.join(plan for plan in plans if plan not in hidden)}")
+    if hidden:
+        print(f"hidden: {', '.join(hidden)} (`longtail focus --all` shows them; `dvc gc` would drop what they have)")
 
 
 def do_new(args: argparse.Namespace) -> None:
@@ -340,10 +370,16 @@ def do_verify(args: argparse.Namespace) -> None:
     from longtail.evidence import verify
 
     params = schema.load()
-    chosen = args.plan or verify.with_results(".", plans_of(params))
+    for plan in args.plan:
+        known(plan, plans_of(params))
+        focus.check(Path.cwd(), plan)
+    hidden = focus.hidden(Path.cwd(), plans_of(params))
+    chosen = args.plan or [plan for plan in verify.with_results(".", plans_of(params)) if plan not in hidden]
     wrong = verify.verify(".", params, chosen)
     consistent = f"the results of {', '.join(chosen)} are those of this code and these params"
     print("\n".join(wrong) or consistent)
+    if hidden and not args.plan:
+        print(f"not looked at, for DVC does not see them: {', '.join(hidden)} (`longtail focus --all`)")
     sys.exit(1 if wrong else 0)
 
 
@@ -397,6 +433,7 @@ COMMANDS = {
     "status": do_status,
     "check": do_check,
     "plan": do_plan,
+    "focus": do_focus,
     "new": do_new,
     "verify": do_verify,
     "adopt": do_adopt,

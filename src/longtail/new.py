@@ -5,6 +5,7 @@ file; and says what it saw, what it chose, and how long the plan will take.
 """
 
 import re
+import textwrap
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -119,27 +120,22 @@ def blocks(found: Proposal) -> list[tuple[str, str, dict[str, Any]]]:
 
 
 def inserted(text: str, section: str, name: str, block: dict[str, Any]) -> str:
-    """The text of params.yaml with one more block at the end of a section; all else, comments too, stays."""
+    """The text of params.yaml with one more block in a section; all else, comments too, stays.
+
+    It is written as `dvc exp run -S` would write it, so that an experiment changes its line and no other; and it goes
+    before the section's last block, because DVC loses a comment that follows a list.
+    """
+    from dvc.utils.serialize import dumps_yaml
+
     lines = text.splitlines(keepends=True)
-    first = next(n for n, line in enumerate(lines) if line.startswith(f"{section}:"))
-    end = first + 1
-    for n in range(first + 1, len(lines)):
+    place = lines.index(f"{section}:\n") + 1
+    for n in range(place, len(lines)):
         if lines[n].strip() and not lines[n][0].isspace():
             break
-        if lines[n].strip():
-            end = n + 1
-    body = "".join(f"    {key}: {_yaml(value)}\n" for key, value in block.items())
-    return "".join([*lines[:end], f"  {name}:\n", body, *lines[end:]])
-
-
-def _yaml(value: Any) -> str:
-    if isinstance(value, list):
-        return f"[{', '.join(map(str, value))}]"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str) and not re.fullmatch(r"[a-z_]+", value):
-        return "'" + value.replace("'", "''") + "'"
-    return str(value)
+        if re.match(r"  \w", lines[n]):
+            place = n
+    written = textwrap.indent(dumps_yaml({name: block}), "  ")
+    return "".join([*lines[:place], written, *lines[place:]])
 
 
 # ------------------------------------------------------------------------------------------------- looking

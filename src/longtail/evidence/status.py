@@ -30,20 +30,36 @@ class State(NamedTuple):
     seconds: float | None
 
 
-def states(root: Path, params: Mapping[str, Any], plan: str) -> list[State]:
-    """Every cell of a plan, in its order. Raises LockError for a lock file that is none."""
+def stale(root: Path, params: Mapping[str, Any], plans: Sequence[str]) -> dict[tuple[str, str], str]:
+    """Why cells of these plans are out of date, by (plan, cell); asked once for all of them, for it takes seconds.
+
+    Raises LockError for a lock file that is none.
+    """
+    every = params["plans"] | chains.plans(params)
+    run = {plan: every[plan] for plan in plans if (root / pipeline.lock(pipeline.file(plan))).exists()}
+    found: dict[tuple[str, str], str] = {}
+    if names := verify.targets(root, run) if run else []:
+        for line in verify.edited(root, params, names) + verify.moved(root, names):
+            stage, _, why = line.partition(": ")
+            address, _, cell = stage.partition("@")
+            found.setdefault((address.partition("-")[2], cell), why)
+    return found
+
+
+def states(
+    root: Path, params: Mapping[str, Any], plan: str, known_stale: Mapping[tuple[str, str], str] | None = None
+) -> list[State]:
+    """Every cell of a plan, in its order; what is stale is asked where it is not given.
+
+    Raises LockError for a lock file that is none.
+    """
+    out_of_date = stale(root, params, [plan]) if known_stale is None else known_stale
     axes = (params["plans"] | chains.plans(params))[plan]
     of_chains = plan in chains.plans(params)
     cells: Sequence[Cell | chains.Cell] = chains.of_plan(plan, axes) if of_chains else of_plan(plan, axes)
     last, file = ("readout", "summary.json") if of_chains else ("evaluate", "metrics.json")
     path = root / pipeline.lock(pipeline.file(plan))
     known = read_lock(path) if path.exists() else {}
-    stale: dict[str, str] = {}
-    if known:
-        names = verify.targets(root, {plan: axes})
-        for line in verify.edited(root, params, names) + verify.moved(root, names):
-            stage, _, why = line.partition(": ")
-            stale.setdefault(stage.partition("@")[2], why)
     at_work = running(root)
     found = []
     for cell in cells:
@@ -52,7 +68,8 @@ def states(root: Path, params: Mapping[str, Any], plan: str) -> list[State]:
         elif f"{last}-{plan}@{cell.name}" not in known or not (root / cell.results / file).exists():
             state, why = MISSING, ""
         else:
-            state, why = (STALE, stale[cell.name]) if cell.name in stale else (DONE, "")
+            why = out_of_date.get((plan, cell.name), "")
+            state = STALE if why else DONE
         found.append(State(cell, state, why, seconds(root, cell)))
     return found
 
@@ -109,9 +126,15 @@ def commit(root: Path, plan: str) -> str:
     return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout.strip()
 
 
-def overview(root: Path, params: Mapping[str, Any], plan: str, times: Mapping[Cell, float]) -> list[str]:
+def overview(
+    root: Path,
+    params: Mapping[str, Any],
+    plan: str,
+    times: Mapping[Cell, float],
+    known_stale: Mapping[tuple[str, str], str] | None = None,
+) -> list[str]:
     """What `longtail status` says of a plan, a line each."""
-    found = states(root, params, plan)
+    found = states(root, params, plan, known_stale)
     counts = {state: sum(one.state == state for one in found) for state in STATES}
     said = ", ".join(f"{count} {state}" for state, count in counts.items() if count or state == DONE)
     rest = counts[STALE] + counts[MISSING]
