@@ -44,6 +44,7 @@ class Plan(Block):
     refit: list[Name] = []
     fuse: list[Name] = []
     readings: bool = False  # try all settings of energy aligning, too
+    portable: bool = False  # the same bytes on any x86-64 processor with AVX2: for small plans, see stages/portable.py
     align: Align | None = None  # in place of the block `align`
     published: dict[Name, Name] = {}  # data set: that whose published values stand beside it, where it is another cut
     seeds: list[Seed] = Field(min_length=1)
