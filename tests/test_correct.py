@@ -141,12 +141,44 @@ def test_correct_fits_shows_and_writes(folder, monkeypatch, capsys):
     np.testing.assert_allclose(np.loadtxt("again.csv", delimiter=",", skiprows=1), wanted, atol=1e-5)
 
 
+def test_where_a_fit_comes_from_is_said_without_being_asked(folder, capsys):
+    correct.main(["test.npy", "--labels", "test_labels.npy"])
+    assert "fitted on the labels that it is scored by: 'after' is too good (--fit and" in capsys.readouterr().out
+    correct.main(["test.npy", "--fit", "train.npy", "--fit-labels", "train_labels.npy"])
+    assert "fitted on train.npy (--fitted-on says what that is)" in capsys.readouterr().out
+    correct.main(["test.npy", "--by", "unknown-prior"])
+    assert "fitted on the logits that it corrects, without labels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("test.npy --by known-prior", "needs the prior of the test set: --set test_prior=FILE.npy"),
+        ("test.npy --by unknown-prior --fit train.npy", "to be the one of test.npy: leave --fit out"),
+    ],
+)
+def test_a_prior_that_would_be_none_or_another_one_is_refused(folder, command, message):
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        correct.main(command.split())
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_the_names_of_classes_stay(folder, kind):
+    names = ["cat", "dog, wild", 'the "newt"', "eel", "emu"]
+    with tables.written(f"named.{kind}", (6, 5), np.float32, names) as write:
+        write(np.random.default_rng(0).normal(size=(6, 5)))
+    assert tables.class_names(f"named.{kind}") == names
+    correct.main([f"named.{kind}", "--by", "rebalancing", "--fitted-on", "test", "--out", f"out.{kind}"])
+    assert tables.class_names(f"out.{kind}") == names
+    assert tables.class_names("test.npy") is None
+
+
 def test_what_is_fitted_on_test_says_so(folder, capsys):
     correct.main(["test.npy", "--by", "rebalancing", "--set", "tau=0.5", "--fitted-on", "test", "--shift", "s.json"])
     assert "PredictionRebalancing(tau=0.5); fitted on test; transductive" in capsys.readouterr().out
     np.save("prior.npy", np.arange(1, 6))
     correct.main(["test.npy", "--by", "known-prior", "--set", "test_prior=prior.npy", "--shift", "s.json"])
-    assert "fitted on unsaid; needs test prior" in capsys.readouterr().out
+    assert "fitted on nothing: its prior is given; needs test prior" in capsys.readouterr().out
     np.testing.assert_allclose(np.diff(json.loads((folder / "s.json").read_text())["shift"])[0], np.log(2), atol=1e-6)
 
 

@@ -93,12 +93,13 @@ def run(args: argparse.Namespace) -> None:
                 )
         else:
             correction = _fit(stack, args, logits, labels)
-        print(f"{args.apply or _described(correction)}; fitted on {correction.fitted_on_ or 'unsaid'}"
+        print(f"{args.apply or _described(correction)}; fitted on {_fitted_on(args, correction)}"
               + "".join(f"; {flag}" for flag in correction.flags))  # fmt: skip
         if labels is not None:
             print(table(logits, labels, correction))
         if args.out:
-            with tables.written(args.out, logits.shape, _float(logits)) as write:
+            names = tables.class_names(args.logits)
+            with tables.written(args.out, logits.shape, _float(logits), names) as write:
                 for _, part in posthoc.slices(logits):
                     write(correction.transform(part))
             print(f"corrected logits: {args.out}")
@@ -140,7 +141,18 @@ def _check(path: str, logits: np.ndarray, labels_path: str | None, labels: np.nd
 def _fit(
     stack: ExitStack, args: argparse.Namespace, logits: np.ndarray, labels: np.ndarray | None
 ) -> posthoc.Correction:
-    made = CORRECTIONS[args.by](**_settings(args.by, args.set))
+    settings = _settings(args.by, args.set)
+    made = CORRECTIONS[args.by](**settings)
+    if args.by == "known-prior" and "test_prior" not in settings:
+        raise ValueError(
+            "--by known-prior needs the prior of the test set: --set test_prior=FILE.npy (C numbers, any scale), or "
+            "--set test_prior=uniform; --set model_prior=FILE.npy where the logits are not of a uniform one"
+        )
+    if args.by == "unknown-prior" and args.fit:
+        raise ValueError(
+            "--by unknown-prior estimates the prior of the logits that it is fitted on, and that is to be the one of "
+            f"{args.logits}: leave --fit out"
+        )
     path, fit_logits, fit_labels = args.logits, logits, labels
     if args.fit:
         path, fit_labels = args.fit, _open(stack, args.fit_labels)
@@ -156,6 +168,19 @@ def _fit(
         return made.fit(fit_logits, fit_labels, fitted_on=args.fitted_on)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _fitted_on(args: argparse.Namespace, correction: posthoc.Correction) -> str:
+    """What the head of the table says of where a correction comes from; a fit on the scored labels is called one."""
+    if correction.fitted_on_ or args.apply:
+        return correction.fitted_on_ or "unsaid"
+    if args.fit:
+        return f"{args.fit} (--fitted-on says what that is)"
+    if correction.needs_test_prior or correction.get_params().get("prior") is not None:
+        return "nothing: its prior is given"
+    if correction.needs_labels:
+        return "the labels that it is scored by: 'after' is too good (--fit and --fit-labels take others)"
+    return "the logits that it corrects, without labels"
 
 
 def _settings(by: str, given: Sequence[str]) -> dict[str, Any]:

@@ -62,6 +62,22 @@ def opened(path: str | Path, *, array: str | None = None) -> Iterator[np.ndarray
         yield values
 
 
+def class_names(path: str | Path) -> list[str] | None:
+    """The names that a table gives to its columns, one a class; None for files without any."""
+    path = Path(path)
+    if path.suffix == ".csv":
+        first, second = _first_lines(path)
+        return list(first) if _is_header(path, first, second) else None
+    if path.suffix == ".parquet":
+        from pyarrow import parquet
+
+        schema = parquet.ParquetFile(path).schema_arrow
+        index = (schema.pandas_metadata or {}).get("index_columns", ())
+        names = [name for name in schema.names if name not in index]
+        return names if len(names) > 1 else None
+    return None
+
+
 def _load(path: Path) -> np.ndarray:
     """An .npy file, mapped. Raises ValueError where it is none, or holds something else than numbers."""
     with path.open("rb") as file:
@@ -291,6 +307,11 @@ def _lists(path: Path, column: Any, before: int, width: int) -> np.ndarray:
     return np.stack(values).astype(np.float32)
 
 
+def csv_line(names: Sequence[str]) -> str:
+    """A line of a CSV file, with quotes where a name needs them."""
+    return ",".join(f'"{name.replace(chr(34), 2 * chr(34))}"' if re.search('[",\n]', name) else name for name in names)
+
+
 def _is_number(text: str) -> bool:
     try:
         float(text)
@@ -304,25 +325,31 @@ def _is_whole(text: str) -> bool:
 
 
 @contextmanager
-def written(path: str | Path, shape: tuple[int, int], dtype: Any) -> Iterator[Callable[[np.ndarray], Any]]:
-    """A function that appends rows to a file, which is there when all of them are."""
+def written(
+    path: str | Path, shape: tuple[int, int], dtype: Any, names: Sequence[str] | None = None
+) -> Iterator[Callable[[np.ndarray], Any]]:
+    """A function that appends rows to a file, which is there when all of them are.
+
+    Args:
+        names: of the columns of a table (default: class_0, class_1, ...).
+    """
     path = Path(path)
     kind = kind_of(path)
     files.check_target(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         part = Path(folder) / f"part{kind}"
-        with part.open("wb") as file, _writer(kind, file, shape, np.dtype(dtype)) as write:
+        named = names if names and len(names) == shape[1] else [f"class_{number}" for number in range(shape[1])]
+        with part.open("wb") as file, _writer(kind, file, shape, np.dtype(dtype), named) as write:
             yield write
         part.replace(path)
 
 
 @contextmanager
 def _writer(
-    kind: str, file: IO[bytes], shape: tuple[int, int], dtype: np.dtype
+    kind: str, file: IO[bytes], shape: tuple[int, int], dtype: np.dtype, names: Sequence[str]
 ) -> Iterator[Callable[[np.ndarray], Any]]:
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    names = [f"class_{number}" for number in range(shape[1])]
     if kind == ".npy":
         np.lib.format.write_array_header_2_0(file, header)
         yield lambda rows: file.write(rows.astype(dtype).tobytes())
@@ -332,7 +359,7 @@ def _writer(
             np.lib.format.write_array_header_2_0(member, header)
             yield lambda rows: member.write(rows.astype(dtype).tobytes())
     elif kind == ".csv":
-        file.write((",".join(names) + "\n").encode())
+        file.write((csv_line(names) + "\n").encode())
         yield lambda rows: np.savetxt(file, rows.astype(dtype), fmt="%.9g", delimiter=",")
     else:
         import pyarrow
