@@ -17,12 +17,11 @@ from pathlib import Path
 
 from browser import Browser, browser, call, mlflow_server
 
+from longtail.tracking import view
+
 WIDTH = 1500
 CLOSE = """
 document.querySelector('[data-component-id="mlflow.assistant.chat_panel.close"]')?.click();
-"""
-EXPAND = """
-document.querySelectorAll('.ag-row button[data-component-id*="runnamecellrenderer"]').forEach(one => one.click());
 """
 # The first `Show diff only` is that of the parameters; the settings that all runs share fill pages.
 DIFFERENCES = """
@@ -84,9 +83,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     with mlflow_server(store) as mlflow, browser(WIDTH) as chromium:
         experiment, runs = compared(mlflow, args.plan, args.seed)
-        view = "workflowType=machine_learning&compareRunsMode=CHART"
-        show(chromium, f"{mlflow}/#/experiments/{experiment}/runs?{view}", "matching run")
-        chromium.run(EXPAND)
+        show(chromium, f"{mlflow}{view.address(experiment, args.plan)}&compareRunsMode=CHART", "matching run")
         time.sleep(5)
         for name in ("mlflow-runs.png", "mlflow-compare.png"):
             if name == "mlflow-compare.png":

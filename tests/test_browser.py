@@ -21,6 +21,8 @@ sys.path.insert(0, str(ROOT / "docs"))
 import browser as driver
 import mlflow_picture
 
+from longtail.tracking import view
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(shutil.which("chromedriver") is None, reason="no chromedriver: apt-get install chromium-driver"),
@@ -211,3 +213,17 @@ def test_mlflows_comparison_shows_the_metrics_of_two_cells(chromium, mlflow):
         shown = chromium.run("return document.body.innerText")
         missing = [text for text in expected if text not in shown]
     assert not missing
+
+
+def test_mlflows_view_of_a_plan_has_method_seed_and_what_they_reached(chromium, mlflow):
+    address, _ = mlflow
+    experiment, _ = mlflow_picture.compared(address, "quick", 0)
+    chromium.size(1500, 1000)
+    chromium.open(f"{address}{view.address(experiment, 'quick')}", "matching run")
+    wanted = {"accuracy/all", "accuracy/few", "ece", "method", "recipe", "seed", "balpoe", "8 matching runs"}
+    driver.wait(str(wanted), lambda: wanted <= {line.strip() for line in shown(chromium).splitlines()})
+    chromium.open(f"{address}{view.address(experiment, 'quick')}&compareRunsMode=CHART", "Test set, raw logits")
+
+
+def shown(chromium) -> str:
+    return chromium.run("return document.body.innerText")

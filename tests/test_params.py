@@ -112,6 +112,7 @@ BAD = [
     ),
     ("recipes.gala.schedule.milestones", [9], "1 milestones and 0 factors"),
     ("recipes.gala.schedule.warmup_epochs", 201, "schedule goes on after the last of 200 epochs"),
+    ("recipes.gala.schedule.warmup_epochs", 200, "schedule.warmup_epochs takes all 200 epochs"),
     ("recipes.gala.normalization.mean", [0.5], "mean has 1 channels and std 3"),
     ("recipes.digits.optimizer.momentum", 1.0, "momentum = 1.0: input should be less than 1"),
     ("recipes.digits.optimizer.muon_weight_decay", 0.1, "muon_weight_decay is of no effect without muon_lr"),

@@ -323,14 +323,33 @@ def test_the_plan_gets_its_table_when_it_changed(root: Path, monkeypatch: pytest
 
     monkeypatch.setattr(MlflowClient, "log_artifact", log_artifact)
     files.write_text(root / "results" / "quick" / "table.md", "| 1 |")
-    files.write_text(root / "results" / "quick" / "summary.json", "{}")
+    summary = {"digits_if20": {"digits": {"ce": {"accuracy": 0.4, "aligned": 0.9}, "gala": {"accuracy": 0.75}}}}
+    files.write_json(root / "results" / "quick" / "summary.json", summary)
     sync(root)
-    assert sent == ["table.md", "summary.json"]
+    assert sent.count("metrics.json") == 2 and sent[-2:] == ["table.md", "summary.json"]
+    plan = client(root).get_run(runs(root)[0].data.tags["mlflow.parentRunId"])
+    assert plan.data.metrics == {"accuracy/all": 0.75}
+    assert plan.data.tags["longtail.best"] == "gala, recipe digits, digits_if20"
+    sent.clear()
     files.write_text(root / "results" / "quick" / "table.md", "| 2 |")
     sync(root)
-    assert sent == ["table.md", "summary.json", "table.md"]
+    assert sent == ["table.md"]
     (stored,) = (root / "mlruns").rglob("table.md")
     assert stored.read_text() == "| 2 |"
+
+
+def test_a_cell_has_its_files_and_a_plan_its_view(root: Path) -> None:
+    found = sync(root)
+    (run,) = runs(root, method="gala")
+    names = {file.path for file in client(root).list_artifacts(run.info.run_id)}
+    assert names >= {"metrics.json", "classes.csv", "params.json"}
+    assert list(found.pages) == ["quick"] and found.pages["quick"].endswith("viewStateShareKey=longtail-quick")
+    experiment = client(root).get_experiment(run.info.experiment_id)
+    kept = json.loads(experiment.tags["mlflow.sharedViewState.longtail-quick"])
+    order = [f"{kept['orderByKey']} DESC"]
+    chosen = client(root).search_runs([run.info.experiment_id], kept["searchFilter"], order_by=order)
+    assert [one.data.params["method"] for one in chosen] == ["gala", "ce"]
+    assert {column.split("`")[1] for column in kept["selectedColumns"]} <= {*run.data.params, *run.data.metrics}
 
 
 def test_relatives_of_aligning_are_shown_with_their_flag(root: Path) -> None:

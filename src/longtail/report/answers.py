@@ -87,9 +87,12 @@ def headline(results: Results, table: Sequence[Row]) -> Headline:
             f"{100 * lead.value:.1f} points above the next method, {other}: {verdict(lead)}."
         )
     else:
+        above = f"{100 * lead.value:.1f} points above the next method, {other}, are"
+        if abs(100 * lead.value) < 0.05:
+            above = f"lead is below a tenth of a point, and over the next method, {other}, it is"
         text = (
             f"{entrant_name(first)} has the highest accuracy, {percent(first)} with recipe {first.recipe} ({seeds}), "
-            f"but its {100 * lead.value:.1f} points above the next method, {other}, are {verdict(lead)}."
+            f"but its {above} {verdict(lead)}."
         )
     interval = (
         f"95 % interval of that difference: {100 * lead.low:.1f} to {100 * lead.high:.1f} points, over {lead.over}."

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longtail.tracking import view
 from longtail.tracking.finished import ALIGNED, Result, flatten, results
 from longtail.tracking.live import flock, log_path
 from longtail.workflow.cells import Cell
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 EXPERIMENT = "longtail"
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # or the page opens on traces of agents
 ARTIFACTS = ("table.md", "report.html", "summary.json")
+CELL_ARTIFACTS = ("metrics.json", "classes.csv", "reliability.csv")
 NOTES = 8  # printed; the cells of a plan that still runs are many
 BATCH = 1000  # MLflow takes no more metrics at once
 ALARM_S = 60  # the child's time for one contact with the store
@@ -57,7 +59,7 @@ class TrackingError(ValueError):
 class Summary:
     """What a sync did, in runs of cells.
 
-    `notes` says what was left out, and why; `page` is where the runs are, below the address of a server.
+    `notes` says what was left out, and why; `pages` is where each plan's runs are, below the address of a server.
     """
 
     created: int
@@ -65,7 +67,7 @@ class Summary:
     unchanged: int
     superseded: int
     notes: tuple[str, ...]
-    page: str
+    pages: Mapping[str, str]
 
 
 # --- the store ----------------------------------------------------------------------------------------------
@@ -221,11 +223,10 @@ def sync(root: str | Path, plans: Sequence[str] | None = None) -> Summary:
     """
     root = Path(root).resolve()
     found, notes = results(root, plans)
-    page = ""
+    pages: dict[str, str] = {}
     counts = dict.fromkeys(("created", "finished", "unchanged", "superseded"), 0)
     if found:
         with open_store(root) as store:
-            page = f"/#/experiments/{store.experiment}/runs?workflowType=machine_learning"
             about = {lock: _about(root, lock) for lock in {result.cell.lock for result in found}}
             runs = store.runs()
             parents = {plan: _plan_run(store, runs, plan) for plan in {result.cell.plan for result in found}}
@@ -246,7 +247,8 @@ def sync(root: str | Path, plans: Sequence[str] | None = None) -> Summary:
                 counts["superseded"] += sum(_supersede(store, root, run, result) for run in others)
             for plan, parent in parents.items():
                 upload(store, root, plan, parent)
-    return Summary(**counts, notes=tuple(notes), page=page)
+            pages = show(store, sorted(parents))
+    return Summary(**counts, notes=tuple(notes), pages=pages)
 
 
 def _cell(run: "Run") -> Cell | None:
@@ -276,11 +278,11 @@ def _upsert(
         run = store.client.create_run(
             store.experiment, start_time=result.started_ms, tags=identity, run_name=result.cell.title
         )
-    _complete(store, run, result, identity | result.tags | about | {"mlflow.note.content": _note(result)})
+    _complete(store, root, run, result, identity | result.tags | about | {"mlflow.note.content": _note(result)})
     return "finished" if open_runs else "created", run.info.run_id
 
 
-def _complete(store: Store, run: "Run", result: Result, tags: dict[str, str]) -> None:
+def _complete(store: Store, root: Path, run: "Run", result: Result, tags: dict[str, str]) -> None:
     """Write what the run lacks of the result; the key goes last."""
     from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 
@@ -297,6 +299,10 @@ def _complete(store: Store, run: "Run", result: Result, tags: dict[str, str]) ->
         data = Dataset(result.cell.dataset, md5[:8], "local", json.dumps({"uri": path, "md5": md5}))
         context = InputTag("mlflow.data.context", "training")
         client.log_inputs(run_id, datasets=[DatasetInput(data, [context])])
+    for path in (root / result.cell.results / name for name in CELL_ARTIFACTS):
+        if path.is_file():
+            client.log_artifact(run_id, str(path))
+    client.log_dict(run_id, result.params, "params.json")
     client.set_terminated(run_id, "FINISHED", end_time=max(result.ended_ms, run.info.start_time))
     key = {"longtail.state": "finished", "longtail.current": "yes", "longtail.key": result.key}
     client.log_batch(run_id, tags=[RunTag(name, value) for name, value in key.items()])
@@ -333,15 +339,38 @@ def _writes(root: Path, training: str) -> bool:
         return False
 
 
+def show(store: Store, plans: Sequence[str]) -> dict[str, str]:
+    """Keep the view of each plan in the experiment, where it is not there; the address of each."""
+    there = store.client.get_experiment(store.experiment).tags
+    for plan in plans:
+        name, state = f"{view.TAG}{view.key(plan)}", view.state(plan)
+        if there.get(name) != state:
+            store.client.set_experiment_tag(store.experiment, name, state)
+    return {plan: view.address(store.experiment, plan) for plan in plans}
+
+
 def upload(store: Store, root: Path, plan: str, parent: "Run") -> None:
-    """Attach the plan's table and page where they changed."""
+    """Attach the plan's table, page and highest accuracy where they changed."""
     for name in ARTIFACTS:
         path, tag = root / "results" / plan / name, f"longtail.md5.{name}"
         if path.is_file():
             md5 = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
             if parent.data.tags.get(tag) != md5:
                 store.client.log_artifact(parent.info.run_id, str(path))
+                if name == "summary.json" and (best := _best(json.loads(path.read_text()))):
+                    store.client.log_metric(parent.info.run_id, "accuracy/all", best[0])
+                    store.client.set_tag(parent.info.run_id, "longtail.best", best[1])
                 store.client.set_tag(parent.info.run_id, tag, md5)
+
+
+def _best(summary: Mapping[str, Any]) -> tuple[float, str] | None:
+    """The highest accuracy of raw logits in a plan's summary, mean over its seeds, and whose it is."""
+    found = [
+        (value["accuracy"], f"{method}, recipe {recipe}, {dataset}")
+        for dataset, recipes in summary.items() for recipe, methods in recipes.items()
+        for method, value in methods.items() if isinstance(value, dict) and "accuracy" in value
+    ]  # fmt: skip
+    return max(found, default=None)
 
 
 def _note(result: Result) -> str:
@@ -396,13 +425,17 @@ def track(root: str | Path, plans: Sequence[str] | None = None) -> None:
             print(f"{table.parent.name}: {_near(table)}" + (f", page {_near(page)}" if page.exists() else ""))
     uri, database = location(root)
     if database is None:
-        print(f"runs: {shown(uri).rstrip('/')}{summary.page}")
+        server = shown(uri).rstrip("/")
     else:
         store = shlex.quote(f"sqlite:///{_near(database)}")
         # one reader needs one worker and no job runners: 0.4 GB instead of 2.3
         switches = "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false"
         print(f"runs: {switches} mlflow ui --backend-store-uri {store} --workers 1")
-        print(f"      then open http://127.0.0.1:5000{summary.page}")
+        server = "http://127.0.0.1:5000"
+    if summary.pages:
+        print("side by side, current runs with accuracy of all, few and ECE:")
+    for plan, page in summary.pages.items():
+        print(f"  {plan}: {server}{page}")
 
 
 def _near(path: Path) -> str:

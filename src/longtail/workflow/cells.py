@@ -49,7 +49,7 @@ class Cell:
     @property
     def title(self) -> str:
         """The run's name, what differs most in front: lists cut names after some 15 letters."""
-        return f"{self.method} · {self.recipe} · seed {self.seed} · {self.dataset}"
+        return f"{self.method} · seed {self.seed} · {self.recipe} · {self.dataset}"
 
     @property
     def lock(self) -> str:

@@ -203,6 +203,8 @@ class Recipe(Block):
         late = [step for step in [*self.schedule.milestones, *self.resolution.milestones] if step >= self.epochs]
         if self.schedule.warmup_epochs > self.epochs or late:
             raise ValueError(f"schedule goes on after the last of {self.epochs} epochs: {late or 'warmup_epochs'}")
+        if self.schedule.warmup_epochs == self.epochs:
+            raise ValueError(f"schedule.warmup_epochs takes all {self.epochs} epochs: nothing is left to train with")
         if self.accumulate > self.batch_size:
             raise ValueError(
                 f"accumulate ({self.accumulate}) is above batch_size ({self.batch_size}): parts without images"
@@ -444,7 +446,7 @@ class IncrementalRecipe(Block):
             raise ValueError("bias: false is of a linear head; a cosine head has none")
         if self.later is not None:
             late = [step for step in self.later.schedule.milestones if step >= self.later.epochs]
-            if self.later.schedule.warmup_epochs > self.later.epochs or late:
+            if self.later.schedule.warmup_epochs >= self.later.epochs or late:
                 raise ValueError(f"later.schedule goes on after the last of {self.later.epochs} epochs")
         return self
 
