@@ -1,7 +1,7 @@
 """What MLflow's page of a plan shows when it is opened: a shared view, as its button *Share* would save one.
 
-Current runs of the plan, the best first; columns that all methods have; bars of accuracy, of accuracy on the tail and of
-calibration. MLflow keeps a view in a tag of the experiment, and opens it by its key in the page's address. A view is
+Current runs of the plan, the best first; columns that all methods have; bars of accuracy, of accuracy on the tail and
+of calibration. MLflow keeps a view in a tag of the experiment, and opens it by its key in the page's address. A view is
 read: what somebody changes on the page is their own and is not kept here.
 """
 
