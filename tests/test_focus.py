@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 from dvc.repo import Repo
 
 from longtail.workflow import files, focus
@@ -46,6 +47,30 @@ def test_the_manifests_are_never_hidden(here):
         [sys.executable, "-m", "dvc", "repro", "stages/dvc.yaml"], cwd=here, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_an_experiment_runs_what_it_touches_and_changes_one_line(here):
+    """On the repository's own params.yaml, with stages that only show what they have."""
+    params = (ROOT / "params.yaml").read_text()
+    files.write_text(here / "params.yaml", params)
+    stage = (
+        "  {0}:\n    cmd: echo $DVC_STAGE > {0}.txt\n    params:\n    - methods.{0}\n"
+        "    outs:\n    - {0}.txt:\n        cache: false\n"
+    )
+    files.write_text(here / "dvc.yaml", "stages:\n" + "".join(map(stage.format, ("gala", "balpoe"))))
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for command in (
+        [sys.executable, "-m", "dvc", "repro"], ["git", "add", "."], [*git, "commit", "-qm", "first"],
+        [sys.executable, "-m", "dvc", "exp", "run", "-S", "methods.gala.lambda1=0.5", "-n", "half"],
+    ):  # fmt: skip
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "Running stage 'gala'" in done.stdout and "Running stage 'balpoe'" not in done.stdout
+    assert (here / "params.yaml").read_text() == params.replace("    lambda1: 1.0", "    lambda1: 0.5")
+    listed = subprocess.run(
+        [sys.executable, "-m", "dvc", "exp", "list"], cwd=here, capture_output=True, text=True, check=True
+    )
+    assert "[half]" in listed.stdout
 
 
 def test_a_hidden_plan_is_named_with_what_shows_it(here):
