@@ -5,8 +5,8 @@
     python -m benchmarks.faults concurrency
     python -m benchmarks.faults soak [--cells 200] [--seed 0]
 
-Each makes a tiny project of its own (digits, a network of 4 channels, a few epochs) in a temporary folder, hurts it, and
-holds what comes out against an undisturbed run: every file's bytes, nothing beside them, no process left. Writes
+Each makes a tiny project of its own (digits, a network of 4 channels, a few epochs) in a temporary folder, hurts it,
+and holds what comes out against an undisturbed run: every file's bytes, nothing beside them, no process left. Writes
 results/faults_<name>.md. docs/reliability.md says what this promises.
 """
 
@@ -22,11 +22,14 @@ import sys
 import tempfile
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import yaml
@@ -59,17 +62,20 @@ UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}")
 
 
 class Project:
-    """A tiny project: one method on digits, one chain of trainings, on their own in a folder.
+    """A tiny project in a folder: one method on digits, and one chain of trainings."""
 
-    Args:
-        folder: that is made.
-        seeds: of the plan `quick`.
-        plans: further plans, {name: data set}, each of one cell.
-    """
-
-    def __init__(self, folder: Path, seeds: int = 1, plans: Mapping[str, str] | None = None):
+    def __init__(self, folder: Path):
         self.root = folder
         self.mark = uuid.uuid4().hex  # in the environment of all that is started here
+
+    def make(self, seeds: int = 1, plans: Mapping[str, str] | None = None) -> "Project":
+        """Write its files.
+
+        Args:
+            seeds: of the plan `quick`.
+            plans: further plans, {name: data set}, each of one cell.
+        """
+        folder = self.root
         for name in PARTS:
             source, target = ROOT / name, folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -84,6 +90,7 @@ class Project:
             shutil.rmtree(path.parent)
         subprocess.run(["git", "init", "-q", str(folder)], check=True)
         self.run([*LONGTAIL, "plan"])
+        return self
 
     @property
     def environment(self) -> dict[str, str]:
@@ -260,26 +267,29 @@ class Outcome:
     wrong: list[str] = field(default_factory=list)
 
 
-class Crashes:
-    """A project that is interrupted again and again, each time from the same state.
+class Bench:
+    """A project that is disturbed again and again, each time from the same state.
 
     Args:
-        folder: for the project; the undisturbed one lies beside it.
+        folder: for the project. The undisturbed one, `whole`, lies beside it, and is taken where it is there.
+        place: where the disturbed one is, if elsewhere.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.project = Project(folder / "project")
-        self.project.run([*DVC, "repro"])
-        self.project.run([*DVC, "repro", STEPS])
-        self.expected = self.project.tree()
-        shutil.copytree(self.project.root, folder / "whole", symlinks=True)
+    def __init__(self, folder: Path, place: Path | None = None):
+        self.whole = folder / "whole"
+        if not self.whole.exists():
+            first = Project(folder / "first").make()
+            first.run([*DVC, "repro"])
+            first.run([*DVC, "repro", STEPS])
+            first.root.rename(self.whole)
+        self.expected = Project(self.whole).tree()
+        self.project = Project((place or folder) / "project")
         self.seconds: dict[str, float] = {}
 
     def prepare(self, target: Target) -> None:
         """The undisturbed project, without what the target makes."""
-        shutil.rmtree(self.project.root)
-        shutil.copytree(self.folder / "whole", self.project.root, symlinks=True)
+        shutil.rmtree(self.project.root, ignore_errors=True)
+        shutil.copytree(self.whole, self.project.root, symlinks=True)
         self.project.forget(*target.stages)
 
     def begin(self, target: Target) -> subprocess.Popen[str]:
@@ -306,7 +316,7 @@ class Crashes:
         return self.seconds[target.name]
 
     def interrupt(self, target: Target, kind: Kind, moment: float) -> Outcome | None:
-        """Interrupt it at this share of its time, and run it again; None when it had ended, or the stage had, before."""
+        """Interrupt it at this share of its time, and run it again; None when it, or the stage, had ended before."""
         self.prepare(target)
         process = self.begin(target)
         time.sleep(moment * self.seconds[target.name])
@@ -357,13 +367,13 @@ def difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[st
 
 
 def crashes(
-    tries: int, seed: int, folder: Path, chosen: Sequence[str] = (), after: Callable[[list[Outcome]], None] = len
+    tries: int, seed: int, folder: Path, chosen: Sequence[str] = (), after: Callable[[list[Outcome]], Any] = len
 ) -> list[Outcome]:
     """So many interruptions, every target and kind in turn, at moments that the seed draws.
 
     `after` is called with all outcomes so far after each.
     """
-    bench, draw = Crashes(folder), random.Random(seed)
+    bench, draw = Bench(folder), random.Random(seed)
     every = [
         (target, kind)
         for target in targets()
@@ -381,7 +391,8 @@ def crashes(
         outcomes.append(outcome)
         state = "; ".join(outcome.wrong) or "survived"
         print(
-            f"{len(outcomes)}: {target.name}, {kind.name} at {outcome.moment:.0%}, gone after {outcome.end_s:.2f} s: {state}",
+            f"{len(outcomes)}: {target.name}, {kind.name} at {outcome.moment:.0%}, "
+            f"gone after {outcome.end_s:.2f} s: {state}",
             flush=True,
         )
         after(outcomes)
@@ -395,9 +406,11 @@ def write_crashes(outcomes: Sequence[Outcome], seed: int) -> None:
     stopped = [one.end_s for one in outcomes if one.kind == "Ctrl-C"]
     report.say(
         "# Interrupted at random moments", "",
-        f"{survived} of {len(outcomes)} survived: `python -m benchmarks.faults crashes --tries {len(outcomes)} --seed {seed}`.",
-        "Survived: the same command works at once, every file ends with the bytes of an undisturbed run, no file is left over,",
-        f"DVC's cache is whole and believes nobody to be at work, and nothing runs {END_S:.0f} s after the interruption.",
+        f"{survived} of {len(outcomes)} survived:",
+        f"`python -m benchmarks.faults crashes --tries {len(outcomes)} --seed {seed}`.",
+        "Survived: the same command works at once, every file ends with the bytes of an undisturbed run, no file is",
+        "left over, DVC's cache is whole and believes nobody to be at work, and nothing runs",
+        f"{END_S:.0f} s after the interruption.",
         f"After Ctrl-C nothing ran any more within {max(stopped, default=0):.1f} s at most.",
     )  # fmt: skip
     kinds = [kind.name for kind in (*KINDS, JOB)]
@@ -415,6 +428,331 @@ def write_crashes(outcomes: Sequence[Outcome], seed: int) -> None:
     report.write(RESULTS / "faults_crashes.md")
 
 
+# ------------------------------------------------------------------------------------------------------------- disk
+
+
+@dataclass
+class Case:
+    """What was tried, and what was not as promised."""
+
+    name: str
+    said: str = ""
+    wrong: list[str] = field(default_factory=list)
+
+
+FULL = ("subsample", "train", "predict", "evaluate", "report", "chain: train")  # each kind of output, checkpoints too
+FREE_KIB = (0, 16, 128)
+
+
+def disk(folder: Path) -> list[Case]:
+    """Full disks, folders that cannot be written to, a cache that is gone. Needs root: it mounts."""
+    small_disk = folder / "disk"
+    small_disk.mkdir()
+    system("mount", "-t", "tmpfs", "-o", "size=96m", "none", str(small_disk))
+    try:
+        bench = Bench(folder, small_disk)
+        by_name = {target.name: target for target in targets()}
+        cases = [full(bench, by_name[name], free) for name in FULL for free in FREE_KIB]
+        cases += [full(bench, by_name["longtail run, a cell"], free) for free in FREE_KIB]
+        cases += [
+            read_only(bench, by_name["train"], "runs"),
+            read_only(bench, by_name["evaluate"], "results"),
+            read_only(bench, by_name["predict"], ".dvc/cache"),
+            *(without_cache(bench, by_name[name]) for name in ("train", "evaluate", "chain: train")),
+        ]
+    finally:
+        system("umount", "-R", str(small_disk))
+    for case in cases:
+        print(f"{case.name}: {'; '.join(case.wrong) or 'as promised'}\n    {case.said}", flush=True)
+    return cases
+
+
+def system(*command: str) -> None:
+    """Run a command of the system's."""
+    subprocess.run(command, check=True)
+
+
+def attempt(bench: Bench, target: Target, case: Case, cause: str) -> bool:
+    """Run the target, which may fail if it says why and leaves all else as it was; whether it failed."""
+    process = bench.project.start(target.command)
+    said, _ = process.communicate()
+    lines = [line.strip() for line in said.splitlines() if cause in line]
+    case.said = min(lines, key=len, default="").replace(str(bench.project.root) + "/", "")
+    if not process.returncode:
+        return False
+    if not lines:
+        case.wrong.append(f"failed without a word of {cause!r}: {' '.join(said.split())[-200:]}")
+    elif "/" not in case.said:
+        case.wrong.append("the message names no file")
+    found = bench.project.tree()
+    for name, value in bench.expected.items():
+        others = value
+        if name.endswith("dvc.lock"):
+            gone = {address.rpartition(":")[2] for address in target.stages} - found.get(name, {}).get(
+                "stages", {}
+            ).keys()
+            others = {**value, "stages": {key: entry for key, entry in value["stages"].items() if key not in gone}}
+        if name in found and found[name] != others:
+            case.wrong.append(f"after the failure: other bytes: {name}")
+    return True
+
+
+def again(bench: Bench, target: Target, case: Case) -> None:
+    """Run it once more, now that nothing is in its way."""
+    process = bench.project.start(target.command)
+    said, _ = process.communicate()
+    if process.returncode:
+        case.wrong.append(f"the next run failed: {' '.join(said.split())[-200:]}")
+    case.wrong += difference(bench.project.tree(), bench.expected) + bench.project.damaged()
+
+
+def full(bench: Bench, target: Target, free_kib: int) -> Case:
+    """A disk that has so much room when the stage begins."""
+    case = Case(f"{free_kib} KiB free, {target.name}")
+    bench.prepare(target)
+    ballast = bench.project.root.parent / "ballast"
+    room = os.statvfs(bench.project.root)
+    with open(ballast, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, max(1, room.f_bavail * room.f_frsize - free_kib * 1024))
+    failed = attempt(bench, target, case, "No space left on device")
+    ballast.unlink()
+    case.said = case.said if failed else "there was room enough"
+    again(bench, target, case)
+    return case
+
+
+def read_only(bench: Bench, target: Target, name: str) -> Case:
+    """A folder that cannot be written to."""
+    case = Case(f"{name} read-only, {target.name}")
+    bench.prepare(target)
+    where = str(bench.project.root / name)
+    system("mount", "--bind", where, where)
+    system("mount", "-o", "remount,ro,bind", where)
+    try:
+        if not attempt(bench, target, case, "Read-only file system"):
+            case.wrong.append("it did not fail")
+    finally:
+        system("umount", where)
+    again(bench, target, case)
+    return case
+
+
+def without_cache(bench: Bench, target: Target) -> Case:
+    """DVC's cache is gone, and what the stage made."""
+    case = Case(f"DVC's cache gone, {target.name}")
+    bench.prepare(target)
+    shutil.rmtree(bench.project.root / ".dvc/cache")
+    again(bench, target, case)
+    return case
+
+
+# ------------------------------------------------------------------------------------------------------ concurrency
+
+
+def both(*started: tuple[Project, Sequence[str]]) -> list[tuple[int, str]]:
+    """Start these commands at once: the exit status and the output of each."""
+    processes = [project.start(command) for project, command in started]
+    outputs = [process.communicate()[0] for process in processes]
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def concurrency(folder: Path) -> list[Case]:
+    """Two at a time: of one stage, one plan, two plans whose data are not there, two clones with one cache."""
+    bench = Bench(folder)
+    cell = next(target for target in targets() if target.name == "longtail run, a cell")
+    cases = [two_repro(bench, cell), two_runs(bench, cell), two_clones(bench, folder), two_plans(folder)]
+    for case in cases:
+        print(f"{case.name}: {'; '.join(case.wrong) or 'as promised'}\n    {case.said}", flush=True)
+    return cases
+
+
+def two_repro(bench: Bench, cell: Target) -> Case:
+    """Plain DVC waits for nobody: one of the two may be refused, and has to say so."""
+    case = Case("two `dvc repro`, one checkout")
+    bench.prepare(cell)
+    ended = both(*[(bench.project, [*DVC, "repro"])] * 2)
+    refused = [output for status, output in ended if status]
+    case.said = f"{len(refused)} of 2 refused"
+    if len(refused) == 2:
+        case.wrong.append("both were refused")
+    if not all("busy" in output or "Unable to acquire lock" in output for output in refused):
+        case.wrong.append(f"refused without a reason: {refused}")
+    bench.project.run([*DVC, "repro"])
+    case.wrong += difference(bench.project.tree(), bench.expected) + bench.project.damaged()
+    return case
+
+
+def two_runs(bench: Bench, cell: Target) -> Case:
+    """Two `longtail run` of one plan: the second waits for the stages that the first one is at."""
+    case = Case("two `longtail run`, one plan")
+    bench.prepare(cell)
+    ended = both(*[(bench.project, [*LONGTAIL, "run", "quick"])] * 2)
+    case.said = f"exit status {', '.join(str(status) for status, _ in ended)}"
+    case.wrong += [f"failed: {output[-500:]}" for status, output in ended if status]
+    case.wrong += difference(bench.project.tree(), bench.expected) + bench.project.damaged()
+    return case
+
+
+def two_clones(bench: Bench, folder: Path) -> Case:
+    """Two clones that have nothing yet and share a cache."""
+    case = Case("two clones, one cache")
+    clones = [Project(folder / name).make() for name in ("left", "right")]
+    for clone in clones:
+        clone.run([*DVC, "cache", "dir", "--local", str(folder / "shared-cache")])
+    ended = both(*((clone, [*DVC, "repro"]) for clone in clones))
+    case.said = f"exit status {', '.join(str(status) for status, _ in ended)}"
+    case.wrong += [f"failed: {output[-500:]}" for status, output in ended if status]
+    found = [clone.tree() for clone in clones]
+    case.wrong += difference(*found)
+    case.wrong += [
+        f"other bytes: {name}"
+        for name, value in found[0].items()
+        if not name.endswith("dvc.lock") and bench.expected.get(name) != value
+    ]
+    return case
+
+
+def two_plans(folder: Path) -> Case:
+    """Two `longtail run` of plans on different data, in a checkout that has nothing yet."""
+    case = Case("two `longtail run`, two plans, no data yet")
+    plans = {"one": "digits_one", "two": "digits_two"}
+    project, alone = (Project(folder / name).make(plans=plans) for name in ("together", "alone"))
+    ended = both(*((project, [*LONGTAIL, "run", plan]) for plan in plans))
+    case.said = f"exit status {', '.join(str(status) for status, _ in ended)}"
+    case.wrong += [f"failed: {output[-500:]}" for status, output in ended if status]
+    for plan in plans:
+        alone.run([*LONGTAIL, "run", plan])
+    case.wrong += difference(project.tree(), alone.tree()) + project.damaged()
+    return case
+
+
+def write_cases(title: str, name: str, cases: Sequence[Case]) -> None:
+    """A table, a row a case."""
+    report = Report()
+    good = sum(not case.wrong for case in cases)
+    report.say(f"# {title}", "", f"{good} of {len(cases)} as promised: `python -m benchmarks.faults {name}`.")
+    rows = [[case.name, case.said.replace("|", "/") or "-", "; ".join(case.wrong) or "yes"] for case in cases]
+    report.table(["case", "what was said", "as promised"], rows)
+    report.write(RESULTS / f"faults_{name}.md")
+
+
+# ------------------------------------------------------------------------------------------------------------- soak
+
+PART = 8  # the soak is told in so many parts
+
+
+def soak(cells: int, seed: int, folder: Path) -> list[dict[str, float]]:
+    """One plan of so many cells, and every now and then something of it is killed; a row for each cell that began.
+
+    The command is given again until it succeeds, as somebody would.
+    """
+    project, draw = Project(folder / "project").make(seeds=cells), random.Random(seed)
+    rows: list[dict[str, float]] = []
+    kills, began = 0, time.monotonic()
+    every = [JOB, *KINDS]
+    while True:
+        process = project.start([*LONGTAIL, "run", "quick"])
+        assert process.stdout is not None
+        left = draw.randrange(5, 20)  # cells until the next kill
+        started = 0
+        for line in process.stdout:
+            if not line.startswith("cell "):
+                continue
+            job = [pid for pid, command in project.processes().items() if JOB.who in command and "warm" not in command]
+            started += 1
+            for pid in job[:1]:
+                with suppress(OSError):
+                    status = Path(f"/proc/{pid}/status").read_text()
+                    memory = int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
+                    handles = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+                    place = int(line.split()[1])
+                    rows.append(
+                        {
+                            "cell": place,
+                            "at_s": time.monotonic() - began,
+                            "memory_mib": memory,
+                            "handles": handles,
+                            "since_kill": started,
+                        }
+                    )
+            left -= 1
+            if left == 0:
+                time.sleep(draw.random() * 8)
+                hurt(project, process, draw.choice(every))
+                kills += 1
+        if process.wait() == 0:
+            break
+        while project.processes():
+            time.sleep(0.1)
+    check_soak(project, cells)
+    print(f"{cells} cells, {kills} kills, {time.monotonic() - began:.0f} s", flush=True)
+    return [*rows, {"kills": kills, "seconds": time.monotonic() - began}]
+
+
+def hurt(project: Project, process: subprocess.Popen[str], kind: Kind) -> None:
+    """Send the signal to whom it is for, where that one is there."""
+    chosen = {"top": [process.pid], "group": [-process.pid]}.get(kind.who) or [
+        pid for pid, command in project.processes().items() if kind.who in command.partition(" -c ")[0]
+    ]
+    for pid in chosen:
+        with suppress(ProcessLookupError):
+            os.kill(pid, kind.signal)
+
+
+def check_soak(project: Project, cells: int) -> None:
+    """Every cell is there, DVC finds nothing to do, and five of them are made anew with the same bytes.
+
+    Raises RuntimeError where that is not so.
+    """
+    done = list(project.root.glob("results/quick/cells/digits_if20/digits/ce/*/metrics.json"))
+    if len(done) != cells:
+        raise RuntimeError(f"{len(done)} of {cells} cells have measures")
+    if "Running stage" in (said := project.run([*DVC, "repro", "quick"])).replace("Running stage 'quick'", ""):
+        raise RuntimeError(f"something was left to do: {said[-500:]}")
+    before = project.tree()
+    for number in range(0, cells, max(1, cells // 5)):
+        name = f"{CELL[:-1]}{number}"
+        steps = [f"{QUICK}:{step}-quick@{name}" for step in ("train", "predict", "align", "evaluate")]
+        project.run([*DVC, "repro", "-f", "-s", *steps])
+    if wrong := difference(project.tree(), before):
+        raise RuntimeError(f"made anew they differ: {wrong}")
+
+
+def write_soak(cells: int, seed: int, rows: Sequence[dict[str, float]]) -> None:
+    """A table, a row an eighth of the cells: are memory, handles and seconds flat?"""
+    *samples, last = rows
+    report = Report()
+    report.say(
+        f"# {cells} cells in one plan, killed {last['kills']:.0f} times", "",
+        f"`python -m benchmarks.faults soak --cells {cells} --seed {seed}`: all ended, DVC found nothing left to do,",
+        f"and five cells made anew had the same bytes. {last['seconds'] / 60:.0f} minutes. Memory and handles are those of",
+        "the job, the process that runs stage after stage, as a cell begins; seconds are from one cell's beginning to the",
+        "next one's.",
+    )  # fmt: skip
+    by_part: dict[int, list[dict[str, float]]] = defaultdict(list)
+    took: dict[int, list[float]] = defaultdict(list)
+    for one, following in pairwise(samples):
+        if following["cell"] == one["cell"] + 1 and following["since_kill"] == one["since_kill"] + 1:
+            took[int((one["cell"] - 1) * PART / cells)].append(following["at_s"] - one["at_s"])
+    for one in samples:
+        by_part[int((one["cell"] - 1) * PART / cells)].append(one)
+    table = []
+    for part, found in sorted(by_part.items()):
+        middle = {key: median(one[key] for one in found) for key in ("memory_mib", "handles")}
+        names = f"{part * cells // PART + 1} to {(part + 1) * cells // PART}"
+        seconds = [one for one in took[part] if one > 1]  # a cell that had run before the kill is passed in no time
+        table.append(
+            [
+                names,
+                f"{median(seconds):.1f}" if seconds else "-",
+                f"{middle['memory_mib']:.0f}",
+                f"{middle['handles']:.0f}",
+            ]
+        )
+    report.table(["cells", "seconds a cell, median", "MiB", "handles"], table)
+    report.write(RESULTS / "faults_soak.md")
+
+
 @contextmanager
 def place(folder: Path | None) -> Iterator[Path]:
     """The folder that was asked for, which stays, or a temporary one."""
@@ -429,19 +767,22 @@ def place(folder: Path | None) -> Iterator[Path]:
 def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("crashes", help="interrupt every stage at random moments")
-    one.add_argument("--tries", type=int, default=100)
-    one.add_argument("--only", nargs="*", default=[], help="targets, e.g. train")
-    for each in (one,):
-        each.add_argument("--seed", type=int, default=0)
-        each.add_argument("--folder", type=Path, help="for the project; it stays (default: a temporary one)")
-        each.add_argument("--no-results", action="store_true", help="print only")
+    parser.add_argument("what", choices=["crashes", "disk", "concurrency", "soak"])
+    parser.add_argument("--tries", type=int, default=100, help="of crashes")
+    parser.add_argument("--cells", type=int, default=200, help="of the soak")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="*", default=[], help="of crashes: what is interrupted, e.g. train")
+    parser.add_argument("--folder", type=Path, help="for the projects; it stays (default: a temporary one)")
     args = parser.parse_args()
     with place(args.folder) as folder:
-        if args.command == "crashes":
-            write = len if args.no_results else partial(write_crashes, seed=args.seed)
-            crashes(args.tries, args.seed, folder, args.only, write)
+        if args.what == "crashes":
+            crashes(args.tries, args.seed, folder, args.only, partial(write_crashes, seed=args.seed))
+        elif args.what == "disk":
+            write_cases("No room, no right to write, no cache", "disk", disk(folder))
+        elif args.what == "concurrency":
+            write_cases("Two at a time", "concurrency", concurrency(folder))
+        else:
+            write_soak(args.cells, args.seed, soak(args.cells, args.seed, folder))
 
 
 if __name__ == "__main__":
