@@ -58,6 +58,7 @@ ADDRESSES = {
 }
 DVC, LONGTAIL = [sys.executable, "-m", "dvc"], [sys.executable, "-m", "longtail.cli"]
 END_S = 5.0  # what was asked to stop is to be gone by then
+STOPPED = ("stopped; the same command goes on", "interrupted by the user")  # ours; DVC's, between two stages
 UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}")
 
 
@@ -332,8 +333,8 @@ class Bench:
         sent = time.monotonic()
         outcome = Outcome(target.name, kind.name, moment, 0.0)
         output = self._end(process, kind, outcome, sent)
-        if kind.signal == signal.SIGINT and "stopped; the same command goes on" not in output and process.returncode:
-            outcome.wrong.append("no word how to go on")
+        if kind.signal == signal.SIGINT and not any(word in output for word in STOPPED):
+            outcome.wrong.append(f"no word of it: {output[-200:]}")
         again = self.project.start(target.command)
         said, _ = again.communicate()
         if again.returncode:

@@ -1,4 +1,8 @@
-"""A stage ends with the DVC that runs it: `kill -9` of dvc leaves no trainer behind that writes on."""
+"""How a stage ends before its time: with a word at Ctrl-C and SIGTERM, and with the DVC that runs it.
+
+`kill -9` of dvc leaves no trainer behind that writes on. What is ended here has written whole files or none, and a
+training has its checkpoint, so that there is nothing to tidy up.
+"""
 
 import os
 import signal
@@ -7,15 +11,29 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 LOOK_S = 0.2
+
+
+def stopped(number: int, _: object) -> NoReturn:
+    """End now, and say how to go on: for SIGINT and SIGTERM."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+    os._exit(128 + number)
+
+
+def be_ready() -> None:
+    """Be ready for signals; only a program's main thread can."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stopped)
 
 
 def end_with_dvc() -> None:
     """Have this process killed when DVC is gone, soon or already; nothing happens where there is no /proc.
 
-    What is killed has written whole files or none, and a training has its checkpoint. Elsewhere the lock of the
-    checkpoint keeps a second training from the same files.
+    There the lock of the checkpoint keeps a second training from the same files.
     """
     if sys.platform != "linux":
         return

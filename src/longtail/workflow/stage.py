@@ -9,23 +9,22 @@ import errno
 import hashlib
 import os
 import re
-import signal
 import sys
-import threading
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any
 
-from longtail.workflow import declaration, files, manifest
+from longtail.workflow import declaration, files, manifest, parent
 from longtail.workflow import params as schema
 from longtail.workflow.fingerprint import fingerprint
 
 WRITTEN = ("out", "model", "history", "history_out", "profile")  # flags of the scripts that name what they write
 UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}")  # a file that tempfile.mkstemp made for `files.write_bytes`
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -144,13 +143,6 @@ def resumed(checkpoint: Path) -> int | None:
         return None
 
 
-def stopped(number: int, _: object) -> NoReturn:
-    """Ctrl-C or SIGTERM: end now. Files are whole or not there; a training has its checkpoint."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
-    os._exit(128 + number)
-
-
 def sweep(paths: Iterable[str]) -> None:
     """Remove what a write of these files, or of files in these folders, left when it was killed.
 
@@ -209,9 +201,7 @@ def run(*flags: str) -> Iterator[tuple[SimpleNamespace, dict[str, Any]]]:
         args.stage, args.fingerprint = "probe", "probe"
         yield args, dict(GIVEN["params"])
         return
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, stopped)
+    parent.be_ready()
     try:
         stage, code, checked = declared(), Code(), schema.load()
         args.stage = stage.name
