@@ -726,9 +726,9 @@ def write_soak(cells: int, seed: int, rows: Sequence[dict[str, float]]) -> None:
     report.say(
         f"# {cells} cells in one plan, killed {last['kills']:.0f} times", "",
         f"`python -m benchmarks.faults soak --cells {cells} --seed {seed}`: all ended, DVC found nothing left to do,",
-        f"and five cells made anew had the same bytes. {last['seconds'] / 60:.0f} minutes. Memory and handles are those of",
-        "the job, the process that runs stage after stage, as a cell begins; seconds are from one cell's beginning to the",
-        "next one's.",
+        f"and five cells made anew had the same bytes. {last['seconds'] / 60:.0f} minutes. Memory and handles are those",
+        "of the job, the process that runs stage after stage, as a cell begins; seconds are from one cell's",
+        "beginning to the next one's.",
     )  # fmt: skip
     by_part: dict[int, list[dict[str, float]]] = defaultdict(list)
     took: dict[int, list[float]] = defaultdict(list)
