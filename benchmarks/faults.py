@@ -23,7 +23,7 @@ import tempfile
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -441,11 +441,19 @@ class Case:
     wrong: list[str] = field(default_factory=list)
 
 
-FULL = ("subsample", "train", "predict", "evaluate", "report", "chain: train")  # each kind of output, checkpoints too
+FULL = (
+    "train",
+    "evaluate",
+    "report",
+    "subsample",
+    "predict",
+    "chain: train",
+    "longtail run, a cell",
+)  # all kinds of outs
 FREE_KIB = (0, 16, 128)
 
 
-def disk(folder: Path) -> list[Case]:
+def disk(folder: Path) -> Iterator[Case]:
     """Full disks, folders that cannot be written to, a cache that is gone. Needs root: it mounts."""
     small_disk = folder / "disk"
     small_disk.mkdir()
@@ -453,19 +461,16 @@ def disk(folder: Path) -> list[Case]:
     try:
         bench = Bench(folder, small_disk)
         by_name = {target.name: target for target in targets()}
-        cases = [full(bench, by_name[name], free) for name in FULL for free in FREE_KIB]
-        cases += [full(bench, by_name["longtail run, a cell"], free) for free in FREE_KIB]
-        cases += [
-            read_only(bench, by_name["train"], "runs"),
-            read_only(bench, by_name["evaluate"], "results"),
-            read_only(bench, by_name["predict"], ".dvc/cache"),
-            *(without_cache(bench, by_name[name]) for name in ("train", "evaluate", "chain: train")),
-        ]
+        for free in FREE_KIB:
+            for name in FULL:
+                yield full(bench, by_name[name], free)
+        yield read_only(bench, by_name["train"], "runs")
+        yield read_only(bench, by_name["evaluate"], "results")
+        yield read_only(bench, by_name["predict"], ".dvc/cache")
+        for name in ("train", "evaluate", "chain: train"):
+            yield without_cache(bench, by_name[name])
     finally:
         system("umount", "-R", str(small_disk))
-    for case in cases:
-        print(f"{case.name}: {'; '.join(case.wrong) or 'as promised'}\n    {case.said}", flush=True)
-    return cases
 
 
 def system(*command: str) -> None:
@@ -557,14 +562,14 @@ def both(*started: tuple[Project, Sequence[str]]) -> list[tuple[int, str]]:
     return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
 
 
-def concurrency(folder: Path) -> list[Case]:
+def concurrency(folder: Path) -> Iterator[Case]:
     """Two at a time: of one stage, one plan, two plans whose data are not there, two clones with one cache."""
     bench = Bench(folder)
     cell = next(target for target in targets() if target.name == "longtail run, a cell")
-    cases = [two_repro(bench, cell), two_runs(bench, cell), two_clones(bench, folder), two_plans(folder)]
-    for case in cases:
-        print(f"{case.name}: {'; '.join(case.wrong) or 'as promised'}\n    {case.said}", flush=True)
-    return cases
+    yield two_repro(bench, cell)
+    yield two_runs(bench, cell)
+    yield two_clones(bench, folder)
+    yield two_plans(folder)
 
 
 def two_repro(bench: Bench, cell: Target) -> Case:
@@ -627,14 +632,18 @@ def two_plans(folder: Path) -> Case:
     return case
 
 
-def write_cases(title: str, name: str, cases: Sequence[Case]) -> None:
-    """A table, a row a case."""
-    report = Report()
-    good = sum(not case.wrong for case in cases)
-    report.say(f"# {title}", "", f"{good} of {len(cases)} as promised: `python -m benchmarks.faults {name}`.")
-    rows = [[case.name, case.said.replace("|", "/") or "-", "; ".join(case.wrong) or "yes"] for case in cases]
-    report.table(["case", "what was said", "as promised"], rows)
-    report.write(RESULTS / f"faults_{name}.md")
+def write_cases(title: str, name: str, cases: Iterable[Case]) -> None:
+    """A table, a row a case, written again after each."""
+    done: list[Case] = []
+    for case in cases:
+        print(f"{case.name}: {'; '.join(case.wrong) or 'as promised'}\n    {case.said}", flush=True)
+        done.append(case)
+        good = sum(not one.wrong for one in done)
+        report = Report(quiet=True)
+        report.say(f"# {title}", "", f"{good} of {len(done)} as promised: `python -m benchmarks.faults {name}`.")
+        rows = [[one.name, one.said.replace("|", "/") or "-", "; ".join(one.wrong) or "yes"] for one in done]
+        report.table(["case", "what was said", "as promised"], rows)
+        report.write(RESULTS / f"faults_{name}.md")
 
 
 # ------------------------------------------------------------------------------------------------------------- soak
@@ -725,7 +734,7 @@ def write_soak(cells: int, seed: int, rows: Sequence[dict[str, float]]) -> None:
     report = Report()
     report.say(
         f"# {cells} cells in one plan, killed {last['kills']:.0f} times", "",
-        f"`python -m benchmarks.faults soak --cells {cells} --seed {seed}`: all ended, DVC found nothing left to do,",
+        f"`python -m benchmarks.faults soak --cells {cells} --seed {seed}`: all ended, nothing was left to do,",
         f"and five cells made anew had the same bytes. {last['seconds'] / 60:.0f} minutes. Memory and handles are those",
         "of the job, the process that runs stage after stage, as a cell begins; seconds are from one cell's",
         "beginning to the next one's.",
