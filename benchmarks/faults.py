@@ -67,6 +67,7 @@ class Project:
 
     def __init__(self, folder: Path):
         self.root = folder
+        self.state = folder.with_name(f"{folder.name}-state")  # what DVC has for itself in /var/tmp
         self.mark = uuid.uuid4().hex  # in the environment of all that is started here
 
     def make(self, seeds: int = 1, plans: Mapping[str, str] | None = None) -> "Project":
@@ -99,7 +100,7 @@ class Project:
         return {
             **os.environ, "PYTHONPATH": str(self.root / "src"), "OMP_NUM_THREADS": "1", "LONGTAIL_LIVE_AFTER": "off",
             "PYTHONUNBUFFERED": "1", "LONGTAIL_CHECKPOINT_S": "0.05", "LONGTAIL_FAULTS": self.mark,
-            "DVC_SITE_CACHE_DIR": str(self.root.with_name(f"{self.root.name}-state")), "SHELL": "/bin/sh",
+            "DVC_SITE_CACHE_DIR": str(self.state), "SHELL": "/bin/sh",
             "LONGTAIL_KERNELS": "off",
         }  # fmt: skip
 
@@ -460,6 +461,7 @@ def disk(folder: Path) -> Iterator[Case]:
     system("mount", "-t", "tmpfs", "-o", "size=96m", "none", str(small_disk))
     try:
         bench = Bench(folder, small_disk)
+        bench.project.state = folder / "state"
         by_name = {target.name: target for target in targets()}
         for free in FREE_KIB:
             for name in FULL:
@@ -734,7 +736,7 @@ def write_soak(cells: int, seed: int, rows: Sequence[dict[str, float]]) -> None:
     report = Report()
     report.say(
         f"# {cells} cells in one plan, killed {last['kills']:.0f} times", "",
-        f"`python -m benchmarks.faults soak --cells {cells} --seed {seed}`: all ended, nothing was left to do,",
+        f"`python -m benchmarks.faults soak --cells {cells} --seed {seed}`: all ended, nothing was left,",
         f"and five cells made anew had the same bytes. {last['seconds'] / 60:.0f} minutes. Memory and handles are those",
         "of the job, the process that runs stage after stage, as a cell begins; seconds are from one cell's",
         "beginning to the next one's.",
