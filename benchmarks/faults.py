@@ -451,7 +451,7 @@ FULL = (
     "chain: train",
     "longtail run, a cell",
 )  # all kinds of outs
-FREE_KIB = (0, 16, 128)
+FREE_KIB = 1024  # DVC alone can work with it
 
 
 def disk(folder: Path) -> Iterator[Case]:
@@ -463,9 +463,10 @@ def disk(folder: Path) -> Iterator[Case]:
         bench = Bench(folder, small_disk)
         bench.project.state = folder / "state"
         by_name = {target.name: target for target in targets()}
-        for free in FREE_KIB:
-            for name in FULL:
-                yield full(bench, by_name[name], free)
+        yield full(bench, by_name["train"], 0, "epoch 1/")  # the next checkpoint meets it
+        yield full(bench, by_name["chain: train"], 0, "epoch 1/")
+        for name in FULL:
+            yield full(bench, by_name[name], FREE_KIB)
         yield read_only(bench, by_name["train"], "runs")
         yield read_only(bench, by_name["evaluate"], "results")
         yield read_only(bench, by_name["predict"], ".dvc/cache")
@@ -480,10 +481,22 @@ def system(*command: str) -> None:
     subprocess.run(command, check=True)
 
 
-def attempt(bench: Bench, target: Target, case: Case, cause: str) -> bool:
-    """Run the target, which may fail if it says why and leaves all else as it was; whether it failed."""
+def attempt(
+    bench: Bench, target: Target, case: Case, cause: str, when: str = "", then: Callable[[], None] = print
+) -> bool:
+    """Run the target, which may fail if it says why and leaves all else as it was; whether it failed.
+
+    When it prints a line with `when` in it, `then` is called.
+    """
     process = bench.project.start(target.command)
-    said, _ = process.communicate()
+    assert process.stdout is not None
+    said = ""
+    for line in process.stdout:
+        said += line
+        if when and when in line:
+            then()
+            when = ""
+    process.wait()
     lines = [line.strip() for line in said.splitlines() if cause in line]
     case.said = min(lines, key=len, default="").replace(str(bench.project.root) + "/", "")
     if not process.returncode:
@@ -514,15 +527,20 @@ def again(bench: Bench, target: Target, case: Case) -> None:
     case.wrong += difference(bench.project.tree(), bench.expected) + bench.project.damaged()
 
 
-def full(bench: Bench, target: Target, free_kib: int) -> Case:
-    """A disk that has so much room when the stage begins."""
-    case = Case(f"{free_kib} KiB free, {target.name}")
+def full(bench: Bench, target: Target, free_kib: int, when: str = "") -> Case:
+    """A disk that has so much room when the command starts, or from the moment on when it prints `when`."""
+    case = Case(f"{free_kib} KiB free{f' from {when} on' if when else ''}, {target.name}")
     bench.prepare(target)
     ballast = bench.project.root.parent / "ballast"
-    room = os.statvfs(bench.project.root)
-    with open(ballast, "wb") as file:
-        os.posix_fallocate(file.fileno(), 0, max(1, room.f_bavail * room.f_frsize - free_kib * 1024))
-    failed = attempt(bench, target, case, "No space left on device")
+
+    def fill() -> None:
+        room = os.statvfs(bench.project.root)
+        with open(ballast, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, max(1, room.f_bavail * room.f_frsize - free_kib * 1024))
+
+    if not when:
+        fill()
+    failed = attempt(bench, target, case, "No space left on device", when, fill)
     ballast.unlink()
     case.said = case.said if failed else "there was room enough"
     again(bench, target, case)

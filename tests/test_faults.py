@@ -123,6 +123,14 @@ def test_a_full_disk_is_told_with_the_file(tmp_path, monkeypatch):
     assert stage.said(PermissionError(errno.EACCES, "Permission denied", "b")) == "b: Permission denied"
 
 
+def test_a_stage_does_not_begin_on_a_disk_that_is_all_but_full(monkeypatch):
+    stage.check_room()
+    monkeypatch.setattr(stage, "ROOM", 2**80)
+    with pytest.raises(OSError) as raised:
+        stage.check_room()
+    assert "No space left on device; make room" in stage.said(raised.value)
+
+
 def test_a_lock_file_is_the_old_one_or_the_new_one(tmp_path):
     path = tmp_path / "dvc.lock"
     path.write_text("old")

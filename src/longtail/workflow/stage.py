@@ -9,6 +9,7 @@ import errno
 import hashlib
 import os
 import re
+import shutil
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,6 +24,7 @@ from longtail.workflow import params as schema
 from longtail.workflow.fingerprint import fingerprint
 
 WRITTEN = ("out", "model", "history", "history_out", "profile")  # flags of the scripts that name what they write
+ROOM = 16 * 2**20  # bytes
 UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}")  # a file that tempfile.mkstemp made for `files.write_bytes`
 
 
@@ -156,6 +158,17 @@ def sweep(paths: Iterable[str]) -> None:
                 file.unlink(missing_ok=True)
 
 
+def check_room() -> None:
+    """Raise OSError where the disk is all but full, as long as DVC has room for what it writes itself.
+
+    On a disk without a byte left DVC cuts off its own record of running processes, and nothing works any more.
+    """
+    free = shutil.disk_usage(".").free
+    if free < ROOM:
+        left = f"{free / 2**20:.1f} MiB free where a stage wants {ROOM >> 20}: No space left on device"
+        raise OSError(errno.ENOSPC, left, os.getcwd())
+
+
 def said(error: OSError) -> str:
     """What the system says, and of which file: a full disk names none, so the write that met it is asked."""
     written = [frame.f_locals["path"] for frame, _ in traceback.walk_tb(error.__traceback__) if is_write(frame)]
@@ -203,6 +216,7 @@ def run(*flags: str) -> Iterator[tuple[SimpleNamespace, dict[str, Any]]]:
         return
     parent.be_ready()
     try:
+        check_room()
         stage, code, checked = declared(), Code(), schema.load()
         args.stage = stage.name
         stage.check_code(code, checked)
