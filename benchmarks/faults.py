@@ -534,9 +534,9 @@ def full(bench: Bench, target: Target, free_kib: int, when: str = "") -> Case:
     ballast = bench.project.root.parent / "ballast"
 
     def fill() -> None:
-        room = os.statvfs(bench.project.root)
-        with open(ballast, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, max(1, room.f_bavail * room.f_frsize - free_kib * 1024))
+        with open(ballast, "wb", buffering=0) as file, suppress(OSError):  # the training writes, too
+            while (room := os.statvfs(ballast)).f_bavail * room.f_frsize > free_kib * 1024:
+                file.write(bytes(4096))
 
     if not when:
         fill()
@@ -755,8 +755,8 @@ def write_soak(cells: int, seed: int, rows: Sequence[dict[str, float]]) -> None:
     report.say(
         f"# {cells} cells in one plan, killed {last['kills']:.0f} times", "",
         f"`python -m benchmarks.faults soak --cells {cells} --seed {seed}`: all ended, nothing was left,",
-        f"and five cells made anew had the same bytes. {last['seconds'] / 60:.0f} minutes. Memory and handles are those",
-        "of the job, the process that runs stage after stage, as a cell begins; seconds are from one cell's",
+        f"and five cells made anew had the same bytes. {last['seconds'] / 60:.0f} minutes. Memory and handles are",
+        "those of the job, the process that runs stage after stage, as a cell begins; seconds are from one cell's",
         "beginning to the next one's.",
     )  # fmt: skip
     by_part: dict[int, list[dict[str, float]]] = defaultdict(list)
