@@ -122,14 +122,16 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> float:
 
 
 class Report:
-    """Markdown that is printed as it comes and can be written at the end."""
+    """Markdown that is printed as it comes, unless it is to be quiet, and can be written at the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
         self.lines: list[str] = []
+        self.quiet = quiet
 
     def say(self, *lines: str) -> None:
         """Add lines."""
-        print(*lines, sep="\n", flush=True)
+        if not self.quiet:
+            print(*lines, sep="\n", flush=True)
         self.lines += lines
 
     def table(self, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -476,8 +476,9 @@ def test_jobs_share_the_devices(asked, monkeypatch):
 
 def test_data_that_are_there_are_left_alone_and_a_failure_is_told(asked, monkeypatch, capsys):
     """DVC locks them while another `longtail run` trains on them."""
-    monkeypatch.setattr(cli, "dvc", lambda *args, env=None: 1)
+    monkeypatch.setattr(FakeJob, "fails", ("subsample@digits_if20",))
     assert cli.run("quick", "*", 1) == 0
+    assert not [addresses for _, addresses in asked if "stages/dvc.yaml" in "".join(addresses)]
     assert asked[-2][1] == ["stages/quick/dvc.yaml:report-quick"]
     assert "table: results/quick/table.md" in capsys.readouterr().out
     monkeypatch.setattr(FakeJob, "is_unchanged", False)

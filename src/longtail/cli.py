@@ -76,8 +76,7 @@ def run(plan: str, only: str, jobs: int) -> int:
     """
     params = schema.load()
     chosen = choose(plan, params, only)
-    datasets = [pipeline.data(name, params) for name in sorted({cell.dataset for cell in chosen})]
-    first = [f"{SHARED}:manifests", *datasets]
+    datasets = sorted({cell.dataset for cell in chosen})
     # threads of two trainings on the same cores wait for each other: each gets its own share
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     devices = os.environ.get("LONGTAIL_DEVICE", "").split(",")
@@ -86,7 +85,7 @@ def run(plan: str, only: str, jobs: int) -> int:
         for job, bar in enumerate(bars(jobs))
     ]
     try:
-        return run_with(started, params, plan, chosen, first)
+        return run_with(started, params, plan, chosen, datasets)
     finally:
         for job in started:
             job.close()
@@ -125,11 +124,11 @@ def dry(plan: str, only: str) -> int:
 
 
 def run_with(
-    jobs: list[Job], params: dict[str, Any], plan: str, chosen: Sequence[Cell | chains.Cell], first: list[str]
+    jobs: list[Job], params: dict[str, Any], plan: str, chosen: Sequence[Cell | chains.Cell], datasets: list[str]
 ) -> int:
-    """The cells `chosen` and the report, with these jobs, after the stages `first`; the number of cells that failed."""
-    # where they are there, they are left alone: another `longtail run` may be training on them, and then DVC refuses
-    if not jobs[0].unchanged(first) and repro("-q", *first):
+    """The cells `chosen` and the report, with these jobs, after the data sets; the number of cells that failed."""
+    if not prepare(jobs[0], params, datasets):
+        first = [f"{SHARED}:manifests", *(pipeline.data(name, params) for name in datasets)]
         print(f"failed: the data; `dvc repro {' '.join(first)}` says why", file=sys.stderr)
         return len(chosen)
     free: Queue[Job] = Queue()
@@ -170,6 +169,26 @@ def run_with(
     if len(failed) == len(chosen):
         return len(failed)
     return len(failed) + sum_up(jobs[0], plan, params["plans"].get(plan, {}))
+
+
+def prepare(job: Job, params: dict[str, Any], datasets: list[str]) -> bool:
+    """Bring the manifests of code and the data sets up to date; False when that failed.
+
+    A stage that is up to date is left alone: another `longtail run` may be training on what it made, and DVC lets
+    nobody touch that meanwhile. One that is not waits for it.
+    """
+    common = [f"{SHARED}:check", f"{SHARED}:manifests"]
+    if not job.unchanged(common) and not run_changed(job, common):
+        return False
+    for name in datasets:
+        if not job.unchanged([pipeline.data(name, params)]) and not run_changed(job, pipeline.making(name, params)):
+            return False
+    return True
+
+
+def run_changed(job: Job, addresses: list[str]) -> bool:
+    """Run those of the stages that have to, one after the other; False when one failed."""
+    return all(job.unchanged([address]) or job.run([address]) for address in addresses)
 
 
 def sum_up(job: Job, plan: str, axes: dict[str, Any]) -> int:

@@ -6,23 +6,29 @@ recorded is DVC's own work (`Stage.reproduce`, `dump_stages`), as in `dvc repro 
 """
 
 import copy
+import io
+import json
 import logging
 import os
+import select
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longtail.workflow import warm
+from longtail.workflow import files, pipeline, warm
 
 if TYPE_CHECKING:
     from longtail.workflow.progress import Bar
 
 WRITE_AFTER_S = 60  # what a `kill -9` may cost: the record of the last minute's stages
+WAIT_S = 1.0  # between two looks at whether another DVC has ended
 
 
 class Job:
@@ -69,9 +75,10 @@ class Job:
 
 
 def serve(connection: Connection) -> None:
-    """Answer until nobody asks any more."""
+    """Answer until nobody asks any more, or is there any more: then the stage under way ends, too."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what has run is recorded
     stages = Stages()
+    threading.Thread(target=end_with, args=[connection.fileno()], daemon=True).start()
     try:
         while True:
             what, addresses = connection.recv()
@@ -79,7 +86,20 @@ def serve(connection: Connection) -> None:
     except (EOFError, OSError, KeyboardInterrupt):
         pass
     finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
         stages.close()
+
+
+def end_with(connection: int) -> None:
+    """End this process when the other end of the connection is closed: `longtail run` has ended, or was killed.
+
+    Its stage ends with it (longtail.workflow.parent).
+    """
+    hung_up = select.poll()
+    hung_up.register(connection, 0)
+    hung_up.poll()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Stages:
@@ -92,35 +112,62 @@ class Stages:
         param.load_path = parse_once(param.load_path)
         logging.getLogger("dvc").setLevel(logging.CRITICAL)  # as `dvc -q`
         self.repo = Repo(_wait_for_lock=True)  # as `dvc --wait-for-lock`
+        self.repo.fs.open = whole(self.repo.fs.open)  # a kill or a full disk must not cost a lock file
+        mend(self.repo)
         self.files: dict[str, Any] = {}
         self.ran: dict[str, list[Any]] = {}
         self.written = time.monotonic()
         self.server: warm.Server | None = None
 
     def run(self, addresses: Sequence[str]) -> bool:
-        """As `dvc repro -q -s`; False when a stage failed."""
+        """As `dvc repro -q -s`; False when a stage failed. Waits for another DVC that is at the files of a stage."""
         from dvc.exceptions import DvcException
-        from dvc.repo import lock_repo
+        from dvc.stage.exceptions import StageCmdFailedError
 
-        try:
-            with lock_repo(self.repo), self.repo.scm_context(quiet=True):
-                for address in addresses:
-                    stage = self._stage(address)
-                    self._warm_up(stage)
-                    if stage.reproduce() is not None:
-                        self.ran.setdefault(address.rpartition(":")[0], []).append(stage)
-                    if time.monotonic() - self.written > WRITE_AFTER_S:
-                        self._write()
-        except DvcException:
-            return False
+        for address in addresses:
+            try:
+                self._when_free(self._run, address)
+            except StageCmdFailedError:  # it has said why
+                return False
+            except (DvcException, OSError) as error:
+                print(f"{address.rpartition(':')[2]}: {error}", file=sys.stderr, flush=True)
+                return False
         return True
 
     def unchanged(self, addresses: Sequence[str]) -> bool:
         """As `dvc status -q`."""
+        return not any(self._when_free(self._status, address) for address in addresses)
+
+    def _run(self, address: str) -> None:
+        with self.repo.scm_context(quiet=True):
+            stage = self._stage(address)
+            self._warm_up(stage)
+            file = address.rpartition(":")[0]
+            if stage.reproduce() is not None:
+                self.ran.setdefault(file, []).append(stage)
+            # data are recorded at once: another `longtail run` may be waiting for them
+            if file == pipeline.SHARED or time.monotonic() - self.written > WRITE_AFTER_S:
+                self._write()
+
+    def _status(self, address: str) -> Any:
+        return self._stage(address).status()
+
+    def _when_free(self, work: Callable[[str], Any], address: str) -> Any:
+        """What the work gives, under DVC's lock; it begins again as long as another DVC is at the stage's files."""
+        from dvc.lock import LockError
         from dvc.repo import lock_repo
 
-        with lock_repo(self.repo):
-            return not any(self._stage(address).status() for address in addresses)
+        said = False
+        while True:
+            try:
+                with lock_repo(self.repo):
+                    return work(address)
+            except LockError as error:
+                if not said:
+                    print(f"{address.rpartition(':')[2]} waits: {error}", file=sys.stderr, flush=True)
+                said = True
+                self.files.pop(address.rpartition(":")[0], None)  # the other one may record this very stage
+                time.sleep(WAIT_S)
 
     def close(self) -> None:
         """Record what has run."""
@@ -150,6 +197,41 @@ class Stages:
         for file, stages in self.ran.items():
             self.files[file].dump_stages(stages, update_pipeline=False)
         self.ran, self.written = {}, time.monotonic()
+
+
+def whole(open_file: Callable[..., Any]) -> Callable[..., Any]:
+    """DVC's way to open a file, so that one that is written is the old one or the new one at every moment.
+
+    DVC empties its lock files and writes them anew: a `kill -9` or a full disk meanwhile leaves half of one, and no
+    command of DVC's works until somebody has put it back.
+    """
+
+    @contextmanager
+    def written(path: str) -> Iterator[Any]:
+        text = io.StringIO()
+        yield text
+        files.write_text(path, text.getvalue())
+
+    def open_whole(path: Any, mode: str = "r", **options: Any) -> Any:
+        return written(path) if mode in ("w", "w+") else open_file(path, mode, **options)
+
+    return open_whole
+
+
+def mend(repo: Any) -> None:
+    """Remove DVC's record of which process is at which file where a `dvc repro` was killed while it wrote it.
+
+    Every command of DVC's refuses a record that cannot be read; it is of running processes, and says nothing then.
+    """
+    from dvc.lock import make_lock
+    from dvc.rwlock import RWLOCK_FILE, RWLOCK_LOCK
+
+    path, hardlink = Path(repo.tmp_dir, RWLOCK_FILE), repo.config["core"].get("hardlink_lock", False)
+    with make_lock(str(path.with_name(RWLOCK_LOCK)), tmp_dir=repo.tmp_dir, hardlink_lock=hardlink):
+        try:
+            json.loads(path.read_text() if path.exists() else "{}")
+        except ValueError:
+            path.unlink()
 
 
 def parse_once(load: Callable[..., Any]) -> Callable[..., Any]:

@@ -24,7 +24,8 @@ PLUMBING = frozenset(
     for name in (
         *("tracking.live", "training.machine", "training.provenance"),
         *("workflow.declaration", "workflow.fingerprint", "workflow.jobs"),
-        *("workflow.manifest", "workflow.meaning", "workflow.params", "workflow.ranges", "workflow.stage"),
+        *("workflow.manifest", "workflow.meaning", "workflow.params", "workflow.parent", "workflow.ranges"),
+        "workflow.stage",
         "workflow.warm",
     )
 )

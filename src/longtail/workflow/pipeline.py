@@ -51,6 +51,13 @@ def data(dataset: str, params: Mapping[str, Any]) -> str:
     return f"{SHARED}:{'features' if dataset in params.get('features', ()) else 'subsample'}@{dataset}"
 
 
+def making(dataset: str, params: Mapping[str, Any]) -> list[str]:
+    """All stages that a data set of a plan needs, in their order."""
+    base = params.get("features", {}).get(dataset, {}).get("dataset", dataset)
+    source = f"{SHARED}:download@{params['datasets'][base]['source']}"
+    return [source, *dict.fromkeys([data(base, params), data(dataset, params)])]
+
+
 def left_over(root: Path, plans: Mapping[str, Any]) -> list[str]:
     """The pipeline files of plans that params.yaml has no more: with one of them, every `dvc repro` fails.
 

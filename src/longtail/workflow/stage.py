@@ -5,21 +5,27 @@ that made the result; the guard compares both ends and fails the stage, so that 
 """
 
 import argparse
+import errno
 import hashlib
 import os
-import signal
+import re
+import shutil
 import sys
-import threading
-from collections.abc import Iterator, Mapping
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NoReturn
+from types import FrameType, SimpleNamespace
+from typing import Any
 
-from longtail.workflow import declaration, manifest
+from longtail.workflow import declaration, files, manifest, parent
 from longtail.workflow import params as schema
 from longtail.workflow.fingerprint import fingerprint
+
+WRITTEN = ("out", "model", "history", "history_out", "profile")  # flags of the scripts that name what they write
+ROOM = 16 * 2**20  # bytes
+UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}")  # a file that tempfile.mkstemp made for `files.write_bytes`
 
 
 @dataclass(frozen=True)
@@ -139,11 +145,43 @@ def resumed(checkpoint: Path) -> int | None:
         return None
 
 
-def stopped(*_: object) -> NoReturn:
-    """Ctrl-C: end now. Files are whole or not there, so there is nothing to tidy up; a training has its checkpoint."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
-    os._exit(128 + signal.SIGINT)
+def sweep(paths: Iterable[str]) -> None:
+    """Remove what a write of these files, or of files in these folders, left when it was killed.
+
+    `longtail.workflow.files` writes `.<name>.<eight letters>` beside a file and renames it. A cell's folder below runs/
+    is its own, and DVC lets one stage at a time write there, so that nobody is at those files now.
+    """
+    for path in map(Path, paths):
+        beside = path.parent.glob(f".{'*' if path.parts[0] == 'runs' else path.name}.*")
+        for file in (*beside, *path.glob(".*.*")):
+            if UNFINISHED.fullmatch(file.name) and file.is_file():
+                file.unlink(missing_ok=True)
+
+
+def check_room() -> None:
+    """Raise OSError where the disk is all but full, as long as DVC has room for what it writes itself.
+
+    On a disk without a byte left DVC cuts off its own record of running processes, and nothing works any more.
+    """
+    free = shutil.disk_usage(".").free
+    if free < ROOM:
+        left = f"{free / 2**20:.1f} MiB free where a stage wants {ROOM >> 20}: No space left on device"
+        raise OSError(errno.ENOSPC, left, os.getcwd())
+
+
+def said(error: OSError) -> str:
+    """What the system says, and of which file: a full disk names none, so the write that met it is asked."""
+    written = [frame.f_locals["path"] for frame, _ in traceback.walk_tb(error.__traceback__) if is_write(frame)]
+    path = written[0] if written else error.filename
+    if path is None or not error.strerror:
+        return str(error)
+    room = "; make room, and the same command goes on" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return f"{path}: {error.strerror}{room}"
+
+
+def is_write(frame: FrameType) -> bool:
+    """Whether a frame is that of `files.write_bytes`."""
+    return frame.f_code is files.write_bytes.__code__
 
 
 GIVEN: dict[str, Any] = {}  # params, where no `dvc repro` runs the stage: see `given`
@@ -176,15 +214,16 @@ def run(*flags: str) -> Iterator[tuple[SimpleNamespace, dict[str, Any]]]:
         args.stage, args.fingerprint = "probe", "probe"
         yield args, dict(GIVEN["params"])
         return
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, stopped)
+    parent.be_ready()
     try:
+        check_room()
         stage, code, checked = declared(), Code(), schema.load()
         args.stage = stage.name
         stage.check_code(code, checked)
         args.fingerprint, params = stage.facts(code)
         if epoch := resumed(Path("runs/.checkpoints") / f"{args.fingerprint}.pt"):
             print(f"{stage.name.partition('@')[2]} goes on from epoch {epoch}", flush=True)
+        sweep(getattr(args, flag) for flag in WRITTEN if hasattr(args, flag))
         yield args, params
         if stage.facts(code)[0] != args.fingerprint:
             sys.exit(
@@ -194,4 +233,6 @@ def run(*flags: str) -> Iterator[tuple[SimpleNamespace, dict[str, Any]]]:
     except (ValueError, KeyError, FloatingPointError, OSError) as error:
         if os.environ.get("LONGTAIL_DEBUG"):
             raise
+        if isinstance(error, OSError):
+            sys.exit(f"error: {said(error)}")
         sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
