@@ -66,7 +66,8 @@ def test_an_experiment_runs_what_it_touches_and_changes_one_line(here):
         done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
     assert "Running stage 'gala'" in done.stdout and "Running stage 'balpoe'" not in done.stdout
-    assert (here / "params.yaml").read_text() == params.replace("    lambda1: 1.0", "    lambda1: 0.5")
+    lines = zip(params.splitlines(), (here / "params.yaml").read_text().splitlines(), strict=True)
+    assert [pair for pair in lines if len({*pair}) > 1] == [("    lambda1: 1.0", "    lambda1: 0.5")]
     listed = subprocess.run(
         [sys.executable, "-m", "dvc", "exp", "list"], cwd=here, capture_output=True, text=True, check=True
     )
