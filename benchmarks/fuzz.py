@@ -30,7 +30,7 @@ from longtail.workflow import files, params
 EXPECTED = (ValueError, OSError)
 
 
-class Finding(AssertionError):
+class FindingError(AssertionError):
     """A reader that raised something else than it says, or did not name the file."""
 
 
@@ -125,7 +125,7 @@ READERS: dict[str, Reader] = {
     "npy": Reader(".npy", opened, (_npy(np.eye(3, dtype=np.float32)), _npy(np.arange(3)))),
     "npz": Reader(".npz", opened, (_zip(zipfile.ZIP_STORED), _zip(zipfile.ZIP_DEFLATED))),
     "csv": Reader(".csv", opened, (b"cat,dog\n1.5,-2\n3,4e-2\n", b'"1","2"\n"3",\n')),
-    "parquet": Reader(".parquet", opened, (_parquet({"a": [1.0, 2.0], "b": [3.0, 4.0]}), _parquet({"l": [[1.0, 2.0]]}))),
+    "parquet": Reader(".parquet", opened, (_parquet({"a": [1.0], "b": [3.0]}), _parquet({"l": [[1.0, 2.0]]}))),
     "shift": Reader(".json", lambda path: correct._read(str(path)), (json.dumps(SHIFT).encode(),)),
     "params": Reader(".yaml", params.load, (PARAMS,)),
     "listing": Reader(".csv", listing.read, (b"path,label,split\na.png,cat,train\nb.png,dog,test\n",)),
@@ -133,22 +133,22 @@ READERS: dict[str, Reader] = {
     "arrays": Reader(".npz", files.load_arrays, (_zip(zipfile.ZIP_STORED),)),
     "image": Reader(".png", image, (_picture("PNG"), _picture("JPEG"), _picture("GIF"), _picture("BMP"))),
     "archive": Reader(".tar.gz", archive, (_tar(),)),
-    "mirror": Reader(".parquet", mirror, (_parquet({"img": [{"bytes": _picture("PNG"), "path": "a.png"}], "label": [1]}),)),
+    "mirror": Reader(".parquet", mirror, (_parquet({"img": [{"bytes": _picture("PNG"), "path": "a"}], "label": [1]}),)),
 }  # fmt: skip
 
 
 def judge(reader: Reader, data: bytes, folder: Path) -> str:
-    """`read`, or `refused` with a message that names the file. Raises Finding for anything else."""
+    """`read`, or `refused` with a message that names the file. Raises FindingError for anything else."""
     path = folder / f"input{reader.suffix}"
     path.write_bytes(data)
     try:
         reader.read(path)
     except EXPECTED as error:
         if path.name not in str(error):
-            raise Finding(f"the message names no file: {error!r}") from error
+            raise FindingError(f"the message names no file: {error!r}") from error
         return "refused"
     except Exception as error:
-        raise Finding(f"{error!r}") from error
+        raise FindingError(f"{error!r}") from error
     return "read"
 
 
@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--findings", type=Path, default=Path(tempfile.gettempdir()) / "longtail-findings")
     args = parser.parse_args()
     try:
-        import atheris
+        import atheris  # type: ignore[import-untyped]
     except ImportError:
         sys.exit("benchmarks.fuzz needs atheris: pip install atheris")
     reader, counts, began = READERS[args.reader], {"read": 0, "refused": 0}, time.monotonic()
@@ -176,7 +176,7 @@ def main() -> None:
         def one(data: bytes) -> None:
             try:
                 counts[judge(reader, data, folder)] += 1
-            except Finding as finding:
+            except FindingError as finding:
                 kind = str(finding)[:60]
                 if kind not in found:
                     found.add(kind)

@@ -194,7 +194,7 @@ def postgresql(folder: Path) -> Iterator[str]:
     run(str(programs / "pg_ctl"), "-D", str(data), "-w", "-o", listen, "-l", str(folder / "log"), "start")
     try:
         run(str(programs / "createdb"), "-h", "127.0.0.1", "-p", str(port), "-U", "longtail", "mlflow")
-        yield f"postgresql://longtail@127.0.0.1:{port}/mlflow"
+        yield f"postgresql+psycopg2://longtail@127.0.0.1:{port}/mlflow"
     finally:
         run(str(programs / "pg_ctl"), "-D", str(data), "-w", "-m", "immediate", "stop")
 
