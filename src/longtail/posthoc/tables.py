@@ -85,7 +85,7 @@ def _load(path: Path) -> np.ndarray:
             version = np.lib.format.read_magic(file)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, _, dtype = read(file)
-        except (ValueError, EOFError, SyntaxError, TypeError) as error:
+        except Exception as error:  # numpy parses the header as Python: SyntaxError, TokenError, RecursionError, ...
             raise ValueError(f"not an .npy file of numbers ({str(error) or type(error).__name__})") from error
     if dtype.kind not in "fiu":
         raise ValueError(f"holds {'objects' if dtype.hasobject else dtype}, not numbers")

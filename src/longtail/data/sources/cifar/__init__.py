@@ -28,11 +28,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from longtail.data.sources.cifar.fetch import MIRROR, download
+from longtail.data.sources.cifar.fetch import MIRROR, download, masked
 from longtail.data.sources.cifar.order import by_content
 from longtail.workflow.ranges import Hashes, Md5, Url
 
 SIZE = 32
+MEMBER_BYTES = 1 << 28  # of the archive: eight times what the official ones have
 LOSSLESS = ("WEBP", "PNG")  # no other decoder is tried: a JPEG would be other pixels
 
 
@@ -187,12 +188,13 @@ def _read_mirror(mirror: str, name: str, layout: Layout) -> tuple[Splits, list[s
             split: sorted(files.glob(f"{root.rstrip('/')}/{name}/{split}-*.parquet")) for split in ("train", "test")
         }
     except Exception as error:  # whatever the file system behind the URL raises
-        raise ValueError(f"{MIRROR}: {mirror!r} cannot be read ({type(error).__name__}: {error})") from error
+        said = masked(f"{MIRROR}: {mirror!r} cannot be read ({type(error).__name__}: {error})")
+        raise ValueError(said) from (None if said != said.replace("***", "") else error)  # its text may hold a password
     splits: Splits = {}
     names: dict[str, list[str]] = {}
     for split, paths in found.items():
         if not paths:
-            raise ValueError(f"{MIRROR}: {mirror!r} holds no {name}/{split}-*.parquet")
+            raise ValueError(f"{MIRROR}: {masked(mirror)!r} holds no {name}/{split}-*.parquet")
         splits[split] = []
         for path in paths:
             table = _read_parquet(files, path)
@@ -307,6 +309,8 @@ def _read_archive(path: Path, layout: Layout) -> tuple[Splits, list[str]]:
                 file = archive.extractfile(member) if member.isreg() else None
                 if file is None or member.name in found:
                     raise ValueError(f"{where} is there twice, or is not a plain file")
+                if member.size > MEMBER_BYTES:
+                    raise ValueError(f"{where} unpacks to {member.size:,} bytes; allowed are {MEMBER_BYTES:,}")
                 found[member.name] = _unpickle(file.read(), where)
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise ValueError(f"{path}: not a readable .tar.gz ({error})") from error

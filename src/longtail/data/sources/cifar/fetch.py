@@ -16,6 +16,12 @@ BLOCK = 1 << 18
 NETWORK_ERRORS = (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException)
 
 
+def masked(text: str) -> str:
+    """The text with `***` in place of names and passwords in addresses, and of what follows their question mark."""
+    text = re.sub(r"(?<=://)[^/\s]*@", "***@", text)
+    return re.sub(r"(://[^\s?'\"]*\?)[^\s'\"]*", r"\1***", text)
+
+
 class DownloadError(ValueError):
     """The file could not be fetched, or is not the one that was asked for."""
 
@@ -39,7 +45,9 @@ def download(url: str, path: str | Path, md5: str, *, progress: bool = True) -> 
     path = Path(path)
     if path.exists():
         if (got := _md5(path)) != md5:
-            raise DownloadError(f"{path}: has MD5 {got}, expected {md5} ({url}); remove it, or put the right one there")
+            raise DownloadError(
+                f"{path}: has MD5 {got}, expected {md5} ({masked(url)}); remove it, or put the right one there"
+            )
         return path
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +55,7 @@ def download(url: str, path: str | Path, md5: str, *, progress: bool = True) -> 
     _gather(url, part, path, progress)
     if (got := _md5(part)) != md5:
         part.unlink()
-        raise DownloadError(f"{url}: MD5 is {got}, expected {md5}; what was downloaded is removed ({part})")
+        raise DownloadError(f"{masked(url)}: MD5 is {got}, expected {md5}; what was downloaded is removed ({part})")
     part.replace(path)
     return path
 
@@ -65,7 +73,7 @@ def _gather(url: str, part: Path, path: Path, progress: bool) -> None:
         if attempt == ATTEMPTS or _size(part) <= before:
             break
     raise DownloadError(
-        f"{url}: {reason}. Run again to go on ({part} is kept); without a network, "
+        f"{masked(url)}: {reason}. Run again to go on ({part} is kept); without a network, "
         f"set {MIRROR} to a folder that holds a mirror, or put the file at {path} by hand"
     )
 

@@ -25,21 +25,29 @@ def look(labels: str | Path, features: str | Path | None) -> tuple[list[listing.
     if features is None:
         if "features" not in columns:
             raise ValueError(f"{path}: no column features; it has {', '.join(columns)}. Name an .npy file")
-        lengths = {len(row) for row in columns["features"]}
-        if len(lengths) != 1:
+        lengths = {len(row) if isinstance(row, list) else 0 for row in columns["features"]}
+        if len(lengths) != 1 or lengths == {0}:
             raise ValueError(f"{path}: rows of features have the lengths {', '.join(map(str, sorted(lengths)))}")
-        values = np.array(columns["features"], np.float32)
+        try:
+            values = np.array(columns["features"], np.float32)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: features are no numbers ({error})") from error
     else:
         file = Path(features).expanduser()
         try:
             values = np.load(file, allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # numpy parses the header as Python: EOFError, TokenError, RecursionError, ...
             raise ValueError(f"{file}: not a readable .npy file ({error})") from error
+        if not isinstance(values, np.ndarray):
+            raise ValueError(f"{file}: an archive of arrays; allowed is an .npy file")
     rows = listing.rows([f"{n:09}" for n in range(len(next(iter(columns.values()))))], columns, path)
+    source = path if features is None else features
     if values.ndim != 2 or values.dtype.kind != "f" or len(values) != len(rows):
-        raise ValueError(f"features: {values.dtype} of shape {values.shape}; allowed are numbers ({len(rows)}, D)")
+        raise ValueError(
+            f"{source}: features: {values.dtype} of shape {values.shape}; allowed are numbers ({len(rows)}, D)"
+        )
     if not np.isfinite(values).all():
-        raise ValueError(f"features: row {np.flatnonzero(~np.isfinite(values).all(1))[0]} is not finite")
+        raise ValueError(f"{source}: features: row {np.flatnonzero(~np.isfinite(values).all(1))[0]} is not finite")
     values = np.ascontiguousarray(values, np.float32)
     return rows, values, own.digest(rows, [value.tobytes() for value in values])
 
