@@ -47,8 +47,10 @@ def locks(root: Path) -> list[Path]:
 
 
 def data(dataset: str, params: Mapping[str, Any]) -> str:
-    """The stage that makes a data set of a plan: a cut of a source, or features of one."""
-    return f"{SHARED}:{'features' if dataset in params.get('features', ()) else 'subsample'}@{dataset}"
+    """The stage that makes a data set of a plan: a cut of a source, features of one, or features of a large one."""
+    makers = {"features": "features", "indexed": "indexed_features"}
+    maker = next((stage for section, stage in makers.items() if dataset in params.get(section, ())), "subsample")
+    return f"{SHARED}:{maker}@{dataset}"
 
 
 def left_over(root: Path, plans: Mapping[str, Any]) -> list[str]:
