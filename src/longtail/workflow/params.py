@@ -624,6 +624,15 @@ def _check_features(value: dict[str, Any], problems: list[str]) -> None:
     if problems:  # the blocks that follow are not what they should be
         return
     for plan, block in value["plans"].items():
+        large = [dataset for dataset in block["datasets"] if dataset in value.get("indexed", ())]
+        if large and large != block["datasets"]:
+            problems.append(
+                f"plans.{plan}.datasets: {large[0]} is of `indexed`, others are not; give it a plan of its own"
+            )
+        if large and block.get("readings"):
+            problems.append(
+                f"plans.{plan}.readings: {large[0]} is of `indexed`, whose logits are not kept to compare on"
+            )
         for dataset in block["datasets"]:
             for recipe in block["recipes"]:
                 features = "hidden" in value["recipes"][recipe]["network"]

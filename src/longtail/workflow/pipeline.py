@@ -94,6 +94,7 @@ def text(plan: str, params: Mapping[str, Any]) -> str:
         fused="".join(fused),
         experts=len(params["methods"][fused[0]]["fuse"]) if fused else 0,
         readings=block.get("readings", False),
+        streamed="_streamed" if set(block["datasets"]) & set(params.get("indexed", ())) else "",
         align=f"plans.{plan}.align" if block.get("align") else "align",
         cell_files=sorted(CELL_FILES),
     )
