@@ -123,7 +123,8 @@ def _shard(
     while len(kinds) < count:
         chunk = next(decoded)
         with torch.inference_mode():
-            values.append(made.features(torch.from_numpy(chunk.pixels).to(device)).cpu().numpy())
+            images = torch.from_numpy(chunk.pixels).to(device).permute(0, 3, 1, 2)
+            values.append(made.features(images).cpu().numpy())
         broken |= {len(kinds) + n: why for n, why in chunk.broken.items()}
         kinds += chunk.kinds
     files.save_arrays(

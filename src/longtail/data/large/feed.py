@@ -19,7 +19,7 @@ AHEAD = 3  # chunks in the making for each worker
 
 
 class Chunk(NamedTuple):
-    """Rows, decoded: pixels (n, 3, side, side) uint8, black where a file is broken; what each is; why it is not."""
+    """Rows, decoded: pixels (n, side, side, 3) uint8, black where a file is broken; what each is; why it is not."""
 
     pixels: np.ndarray
     kinds: list[str]
@@ -36,12 +36,12 @@ def workers() -> int:
 
 def read(store: Store, pieces: Sequence[Piece], how: Square) -> Chunk:
     """Read and decode. A file that is no usable image, or not what the index says, is named in `broken`."""
-    pixels = np.zeros((len(pieces), 3, how.side, how.side), np.uint8)
+    pixels = np.zeros((len(pieces), how.side, how.side, 3), np.uint8)
     kinds, broken = [], dict[int, str]()
     for n, piece in enumerate(pieces):
         try:
             found, kind = square(store.piece(piece), how)
-            pixels[n] = found.numpy()
+            pixels[n] = found.permute(1, 2, 0).numpy()
             kinds.append(kind)
         except BrokenError as error:
             kinds.append("broken")
