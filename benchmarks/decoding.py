@@ -130,9 +130,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = Report()
     report.say(
         "# Decoded images a second", "", machine_line(about), "",
-        f"JPEG files to {SIDE} x {SIDE} uint8, the middle {SIDE}/256 of the shorter side, bicubic. `decode_jpeg` stops at "
-        "all pixels of the file, in memory already; ours reads the file, looks at its header, cuts and scales. `draft` has "
-        "libjpeg decode at half the size where that is enough. Medians over turns; last column: of the turns' own ratios.",
+        f"JPEG files to {SIDE} x {SIDE} uint8, the middle {SIDE}/256 of the shorter side, bicubic. `decode_jpeg` stops "
+        "at all pixels of a file that is in memory; ours reads the file, looks at its header, cuts and scales. `draft` "
+        "has libjpeg decode at half the size where that is enough. Medians over turns; last column: of the turns' own "
+        "ratios.",
         "", "One core:",
     )  # fmt: skip
     report.table(("File", "torchvision.io.decode_jpeg", "ours", "Ours / bare"), alone)

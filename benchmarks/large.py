@@ -3,8 +3,8 @@
 python -m benchmarks.large            # three quarters of an hour on one core; writes benchmarks/results/large.md
 python -m benchmarks.large --quick    # a minute; prints only
 
-437,513 rows of 8,142 classes with 2 to 1,000 images, and 24,426 of test, have features of 64 numbers (no images). Each step
-is the library's own, in a process of its own, whose largest resident set is told.
+437,513 rows of 8,142 classes with 2 to 1,000 images, and 24,426 of test, have features of 64 numbers (no images). Each
+step is the library's own, in a process of its own, whose largest resident set is told.
 """
 
 import json
@@ -61,7 +61,11 @@ def generate(folder: Path, setting: dict[str, int]) -> None:
     centres = rng.normal(size=(setting["classes"], D)).astype(np.float32)
     sizes = counts(*(setting[key] for key in ("classes", "rows", "smallest", "largest")))
     arrays = {"class_names": np.array([f"{c} species {c}" for c in range(setting["classes"])])}
-    for split, of_class in {"train": sizes, "held_out": 0, "test": setting["test"]}.items():
+    for split, of_class in {
+        "train": sizes,
+        "held_out": [0] * len(sizes),
+        "test": [setting["test"]] * len(sizes),
+    }.items():
         labels = np.repeat(np.arange(setting["classes"]), of_class)
         values = centres[labels] + 1.5 * rng.standard_normal((len(labels), D), np.float32)
         arrays |= {f"{split}_images": values[:, None, None, :], f"{split}_labels": labels}
@@ -316,22 +320,24 @@ def write(
     """The report."""
     size, beside, first, second = status
     out = Report()
+    classes = setting["classes"] if args.quick else GROWTH_CLASSES
     logits = setting["rows"] * setting["classes"] * 4 / 1e9
     out.say(
         "# A set of iNaturalist 2018's size", "", machine_line(about), "",
-        f"{setting['rows']:,} rows, {setting['classes']:,} classes of {setting['smallest']} to {setting['largest']:,}, "
-        f"{setting['test'] * setting['classes']:,} test rows, features of {D} numbers, generated. Each step in a process of "
-        f"its own, imports included; BalPoE with three experts. `predict` of other plans would write {logits:.1f} GB of "
-        "logits of train for each expert; here none are kept.",
+        f"{setting['rows']:,} rows, {setting['classes']:,} classes of {setting['smallest']} to "
+        f"{setting['largest']:,}, {setting['test'] * setting['classes']:,} test rows, features of {D} numbers, "
+        "generated. Each step in a process "
+        f"of its own, imports included; BalPoE with three experts. `predict` of other plans would write {logits:.1f} GB "
+        "of logits of train for each expert; here none are kept.",
     )  # fmt: skip
     out.table(
         ("Step", "Seconds", "Peak memory (MB)"),
         [(step, f"{seconds:.1f}", f"{peak:.0f}") for step, seconds, peak in rows],
     )
     out.say(
-        f"\nThe index has {size / 1e6:.1f} MB. `dvc status` with it, beside {beside:,} files below data/large: {first:.1f} s, "
-        f"and {second:.1f} s the second time.\n",
-        f"Growth with the rows ({setting['classes'] if args.quick else GROWTH_CLASSES:,} classes, one expert, D = {D}), seconds of the step alone:\n",
+        f"\nThe index has {size / 1e6:.1f} MB. `dvc status` with it, beside {beside:,} files below data/large: "
+        f"{first:.1f} s, and {second:.1f} s the second time.\n",
+        f"Growth with the rows ({classes:,} classes, one expert, D = {D}), seconds of the step alone:\n",
     )
     names = [name for name in grown[0][2] if name != "rows fitted on"]
     out.table(

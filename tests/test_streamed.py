@@ -93,7 +93,11 @@ def test_measures_and_corrections_are_those_of_all_logits_at_once(
 
 @pytest.mark.parametrize("reading", streamed.READINGS_BY_ROW)
 @pytest.mark.parametrize("weights", ["uniform", "balanced"])
-def test_every_reading_that_goes_by_rows(cell: Path, reading: str, weights: str) -> None:
+@pytest.mark.parametrize("in_memory", [0, 1 << 25])
+def test_every_reading_that_goes_by_rows(
+    cell: Path, reading: str, weights: str, in_memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streamed, "IN_MEMORY", in_memory)
     chosen = {**ALIGN, "reading": reading, "weights": weights, "temperature": 1.5, "strength": 0.7}
     found = streamed.align(str(cell / "data.npz"), str(cell / "model"), **chosen)
     close(files.rounded(found), files.rounded(predictions.align(str(cell / "whole.npz"), **chosen)))

@@ -8,6 +8,7 @@ N rows, C classes, K bins, V versions of the logits.
 """
 
 import json
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from longtail.workflow import files
 
 BLOCK = 256  # rows whose logits are there at a time
 FITTED_ROWS = 32_768  # of a split, of which corrections are fitted; of smaller splits all
+IN_MEMORY = 1 << 23  # logits that a fit, which looks at them a hundred times, has in memory; more go to a file
 READINGS_BY_ROW = ("all_samples", "normalized", "equal_shares")  # those that look at one block after the other
 SHOWN = 512  # test rows whose logits are kept, for exports to be held against
 
@@ -37,13 +39,12 @@ class Logits:
     Args:
         network: heads on features.
         features: (N, 1, 1, D) float32.
-        shift: (C,) that is added.
 
     A slice raises ValueError where a logit is not finite.
     """
 
-    def __init__(self, network: networks.Network, features: np.ndarray, shift: np.ndarray | float = 0.0):
-        self.network, self.features, self.shift = network.eval(), features, shift
+    def __init__(self, network: networks.Network, features: np.ndarray):
+        self.network, self.features = network.eval(), features
         self.shape = len(features), int(network.settings["classes"])
         self.device = next(network.parameters()).device
         self.known: tuple[int, np.ndarray] = -1, np.empty(0)  # the last block, and its number
@@ -57,7 +58,7 @@ class Logits:
             self._block(number)[max(0, first - number * BLOCK) : last - number * BLOCK]
             for number in range(first // BLOCK, -(-last // BLOCK))
         ]
-        return np.concatenate(parts) + self.shift
+        return np.concatenate(parts)
 
     def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
         """All rows, BLOCK at a time."""
@@ -84,6 +85,26 @@ class Logits:
                 raise ValueError(f"the logit of row {first + row}, class {column} is {values[row, column]}")
             self.known = number, values
         return self.known[1]
+
+
+class Stored:
+    """Logits (N, C) in a file, float32, of which slices are read: the system keeps it in memory that is free."""
+
+    def __init__(self, logits: Logits, path: Path):
+        self.path, self.shape = path, logits.shape
+        self.shift: np.ndarray | float = 0.0  # that is added
+        with open(path, "wb") as file:
+            for _, part in logits.blocks():
+                file.write(part.astype(np.float32).tobytes())
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        first, last, _ = rows.indices(len(self))
+        classes = self.shape[1]
+        values = np.fromfile(self.path, np.float32, (last - first) * classes, offset=4 * first * classes)
+        return values.reshape(-1, classes).astype(np.float64) + self.shift
 
 
 def load(model: str | Path, which: str) -> networks.Network:
@@ -155,11 +176,14 @@ def align(data: str, model: str, **settings: Any) -> dict[str, Any]:
         weights, features = weights_of(labels, rows, settings["weights"]), arrays.pop(f"{split}_images")[rows]
         for network in [name for name in NETWORKS if name in epochs]:
             logits = Logits(load(model, network), features)
-            corrections = fitted.setdefault(network, {})
-            corrections[f"aligned_on_{split}"] = _aligned(logits, labels[rows], weights, fitted_on, settings)
+            corrections, classes = fitted.setdefault(network, {}), logits.shape[1]
+            with tempfile.TemporaryDirectory() as folder:
+                small = len(logits) * classes <= IN_MEMORY
+                kept = logits[:] if small else Stored(logits, Path(folder) / "logits")
+                corrections[f"aligned_on_{split}"] = _aligned(kept, labels[rows], weights, fitted_on, settings)
             if split == "train":
-                adjustment = _known(posthoc.LogitAdjustment(), logits.shape[1], fitted_on)
-                adjustment._fit(np.empty((0, logits.shape[1])), labels)
+                adjustment = _known(posthoc.LogitAdjustment(), classes, fitted_on)
+                adjustment._fit(np.empty((0, classes)), labels)
                 corrections["logit_adjusted"] = adjustment.to_dict()
     return fitted
 
@@ -174,7 +198,11 @@ def _aligned(
     if settings["reading"] == "equal_shares":
         energy = equal_energies(logits, labels, weights, t, np.arange(logits.shape[1]))
     aligning.shift_ = float(settings["strength"]) * (energy - energy.mean())
-    after = read(Logits(logits.network, logits.features, aligning.shift_), labels, weights, t)  # type: ignore[arg-type]
+    if isinstance(logits, Stored):
+        logits.shift = aligning.shift_
+    else:
+        logits = logits + aligning.shift_
+    after = read(logits, labels, weights, t)
     return aligning.to_dict() | {"energy": aligning.energy_, "energy_after": after}
 
 
