@@ -327,8 +327,8 @@ def write(
         f"{setting['rows']:,} rows, {setting['classes']:,} classes of {setting['smallest']} to "
         f"{setting['largest']:,}, {setting['test'] * setting['classes']:,} test rows, features of {D} numbers, "
         "generated. Each step in a process "
-        f"of its own, imports included; BalPoE with three experts. `predict` of other plans would write {logits:.1f} GB "
-        "of logits of train for each expert; here none are kept.",
+        f"of its own, imports included; BalPoE with three experts. `predict` of other plans would write {logits:.1f} "
+        "GB of logits of train for each expert; here none are kept.",
     )  # fmt: skip
     out.table(
         ("Step", "Seconds", "Peak memory (MB)"),
