@@ -32,6 +32,8 @@ STEPS = (
     "download",
     "subsample",
     "features",
+    "index",
+    "indexed_features",
     "train",
     "refit",
     "fuse",

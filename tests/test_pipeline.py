@@ -90,6 +90,8 @@ def test_every_cell_of_every_plan_has_its_stages_and_there_are_no_others(stages)
         *(f"stages/dvc.yaml:download@{source}" for source in PARAMS["sources"]),
         *(f"stages/dvc.yaml:subsample@{dataset}" for dataset in PARAMS["datasets"]),
         *(f"stages/dvc.yaml:features@{name}" for name in PARAMS["features"]),
+        *(f"stages/dvc.yaml:index@{name}" for name in PARAMS["indexes"]),
+        *(f"stages/dvc.yaml:indexed_features@{name}" for name in PARAMS["indexed"]),
         *(f"stages/{plan}/dvc.yaml:report-{plan}" for plan in plans),
         *(f"stages/{plan}/dvc.yaml:readings-{plan}" for plan, block in plans.items() if block.get("readings")),
         *(address for plan in plans for cell in cli.cells_of(plan, PARAMS) for address in cli.stages(PARAMS, cell)),

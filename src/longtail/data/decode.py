@@ -62,7 +62,7 @@ def decode(data: bytes, *, size: int, channels: int, fit: str, exif_orientation:
                 )  # fmt: skip
                 image.load()
                 turned = ImageOps.exif_transpose(image) if exif_orientation else image
-                return _square(_eight_bit(turned, MODES[channels]), size, fit), facts
+                return _square(eight_bit(turned, MODES[channels]), size, fit), facts
     except BrokenError:
         raise
     except Image.DecompressionBombError as error:  # Pillow's, of twice as many
@@ -72,7 +72,8 @@ def decode(data: bytes, *, size: int, channels: int, fit: str, exif_orientation:
         raise BrokenError("no image, by its content" if "cannot identify" in said else said) from error
 
 
-def _eight_bit(image: Image.Image, mode: str) -> Image.Image:
+def eight_bit(image: Image.Image, mode: str) -> Image.Image:
+    """An image in 8-bit grey or RGB (`mode`). Raises BrokenError for numbers whose range is not known."""
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:

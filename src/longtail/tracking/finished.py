@@ -147,9 +147,9 @@ def _changed(root: Path, cell: Cell, entries: Mapping[str, Mapping[str, Any]]) -
 
 
 def _data(stages: Mapping[str, Any], dataset: str) -> Mapping[str, Any]:
-    """What the lock has of the stage that made a data set: a cut, or features of one."""
-    found: Mapping[str, Any] = stages.get(f"subsample@{dataset}", stages.get(f"features@{dataset}", {}))
-    return found
+    """What the lock has of the stage that made a data set: a cut, or features."""
+    made = (f"{stage}@{dataset}" for stage in ("subsample", "features", "indexed_features"))
+    return next((stages[name] for name in made if name in stages), {})
 
 
 def _result(root: Path, cell: Cell, entries: Mapping[str, Mapping[str, Any]], subsample: Mapping[str, Any]) -> Result:

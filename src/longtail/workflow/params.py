@@ -243,6 +243,15 @@ class Features(Block):
     backbone: Name
 
 
+class Indexed(Block):
+    index: Name
+    backbone: Name
+    share: Annotated[float, Field(gt=0, le=1)]
+    exif_orientation: bool
+    draft: bool
+    broken: Literal["refuse", "leave_out"]
+
+
 class Fuse(Block):
     fuse: list[Name] = Field(min_length=2)
 
@@ -289,7 +298,7 @@ class Fisher(Block):
 SECTIONS = (
     "plans", "sources", "datasets", "backbones", "features", "recipes", "methods", "align", "evaluate", "fisher",
 )  # fmt: skip
-OPTIONAL = ("incremental",)
+OPTIONAL = ("incremental", "indexes", "indexed")
 
 
 def signature_block(file: Path, function: str) -> type[Block]:
@@ -390,7 +399,7 @@ def validate(value: Any, file: str = "params.yaml") -> None:
         problems.append(f"{key if key.isprintable() else repr(key)}: unknown key; allowed: {allowed}")
     for key in [section for section in SECTIONS if section not in value]:
         problems.append(f"{key}: missing")
-    named: dict[str, type[Block]] = {"plans": Plan, "datasets": Dataset, "features": Features}
+    named: dict[str, type[Block]] = {"plans": Plan, "datasets": Dataset, "features": Features, "indexed": Indexed}
     for section, model in named.items():
         for name, block in _section(value, section, problems).items():
             _validated(model, block, f"{section}.{name}", problems)
@@ -407,6 +416,8 @@ def validate(value: Any, file: str = "params.yaml") -> None:
         _check_method(name, block, problems)
     for name, block in _section(value, "backbones", problems).items():
         _check_settings("networks/backbones", "load", block, f"backbones.{name}", problems)
+    for name, block in _section(value, "indexes", problems).items():
+        _check_settings("data/large/index", "make", block, f"indexes.{name}", problems)
     for name, block in _section(value, "sources", problems).items():
         reader = block.get("reader") if isinstance(block, dict) else None
         if reader not in _choices(READERS):
@@ -566,7 +577,7 @@ def _check_names(value: dict[str, Any], problems: list[str]) -> None:
         for axis in ("datasets", "recipes", "methods"):
             names = block.get(axis) if isinstance(block, dict) else None
             for name in names if isinstance(names, list) else []:
-                if axis != "datasets" or name not in known("features"):
+                if axis != "datasets" or name not in [*known("features"), *known("indexed")]:
                     check(f"plans.{plan}.{axis}", name, axis)
     methods = value["methods"] if isinstance(value.get("methods"), dict) else {}
     for method, block in methods.items():
@@ -591,13 +602,24 @@ def _check_names(value: dict[str, Any], problems: list[str]) -> None:
         if isinstance(block, dict):
             check(f"features.{name}.dataset", block.get("dataset"), "datasets")
             check(f"features.{name}.backbone", block.get("backbone"), "backbones")
+    for name in known("indexed"):
+        block = value["indexed"][name]
+        if name in [*known("datasets"), *known("features")]:
+            problems.append(f"indexed.{name}: datasets or features has that name, too; a plan could mean either")
+        if isinstance(block, dict):
+            check(f"indexed.{name}.index", block.get("index"), "indexes")
+            check(f"indexed.{name}.backbone", block.get("backbone"), "backbones")
     _check_features(value, problems)
 
 
 def of_features(value: dict[str, Any], dataset: str) -> bool:
     """Whether a data set has features in place of images: made by a backbone, or read as such."""
     block = value["datasets"].get(dataset, {})
-    return dataset in value["features"] or value["sources"].get(block.get("source"), {}).get("reader") == EMBEDDINGS
+    return (
+        dataset in value["features"]
+        or dataset in value.get("indexed", ())
+        or value["sources"].get(block.get("source"), {}).get("reader") == EMBEDDINGS
+    )
 
 
 def _check_features(value: dict[str, Any], problems: list[str]) -> None:
@@ -605,6 +627,15 @@ def _check_features(value: dict[str, Any], problems: list[str]) -> None:
     if problems:  # the blocks that follow are not what they should be
         return
     for plan, block in value["plans"].items():
+        large = [dataset for dataset in block["datasets"] if dataset in value.get("indexed", ())]
+        if large and large != block["datasets"]:
+            problems.append(
+                f"plans.{plan}.datasets: {large[0]} is of `indexed`, others are not; give it a plan of its own"
+            )
+        if large and block.get("readings"):
+            problems.append(
+                f"plans.{plan}.readings: {large[0]} is of `indexed`, whose logits are not kept to compare on"
+            )
         for dataset in block["datasets"]:
             for recipe in block["recipes"]:
                 features = "hidden" in value["recipes"][recipe]["network"]

@@ -47,12 +47,16 @@ def locks(root: Path) -> list[Path]:
 
 
 def data(dataset: str, params: Mapping[str, Any]) -> str:
-    """The stage that makes a data set of a plan: a cut of a source, or features of one."""
-    return f"{SHARED}:{'features' if dataset in params.get('features', ()) else 'subsample'}@{dataset}"
+    """The stage that makes a data set of a plan: a cut of a source, features of one, or features of a large one."""
+    makers = {"features": "features", "indexed": "indexed_features"}
+    maker = next((stage for section, stage in makers.items() if dataset in params.get(section, ())), "subsample")
+    return f"{SHARED}:{maker}@{dataset}"
 
 
 def making(dataset: str, params: Mapping[str, Any]) -> list[str]:
     """All stages that a data set of a plan needs, in their order."""
+    if dataset in params.get("indexed", ()):
+        return [f"{SHARED}:index@{params['indexed'][dataset]['index']}", data(dataset, params)]
     base = params.get("features", {}).get(dataset, {}).get("dataset", dataset)
     source = f"{SHARED}:download@{params['datasets'][base]['source']}"
     return [source, *dict.fromkeys([data(base, params), data(dataset, params)])]
@@ -100,6 +104,7 @@ def text(plan: str, params: Mapping[str, Any]) -> str:
         experts=len(params["methods"][fused[0]]["fuse"]) if fused else 0,
         readings=block.get("readings", False),
         portable=block.get("portable", False),
+        streamed="_streamed" if set(block["datasets"]) & set(params.get("indexed", ())) else "",
         align=f"plans.{plan}.align" if block.get("align") else "align",
         cell_files=sorted(CELL_FILES),
     )

@@ -1,0 +1,68 @@
+"""The three large sets through the whole pipeline: trees in the official layouts, small, with generated images."""
+
+from pathlib import Path
+
+import large_trees
+import pytest
+import yaml
+from test_pipeline import Clone
+
+from longtail.workflow import files
+
+PLANS = {"frozen-imagenet-lt": "imagenet_lt", "frozen-places-lt": "places_lt", "frozen-inaturalist": "inaturalist_2018"}
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    """A copy of the working tree whose large sets are small ones, with a small network without pretrained weights."""
+    clone = Clone(tmp_path_factory.mktemp("large"))
+    for make in large_trees.MAKERS.values():
+        make(clone.root / "data/large")
+    params = yaml.safe_load((clone.root / "params.yaml").read_text())
+    params["backbones"]["small"] = {
+        "library": "torchvision",
+        "network": "resnet18",
+        "weights": "none",
+        "resolution": 32,
+    }
+    for block in params["indexed"].values():
+        block["backbone"] = "small"
+    for plan in PLANS:
+        params["plans"][plan] |= {"methods": ["ce", "balpoe", "crt"], "trained": ["ce", "balpoe"]}
+    params["recipes"]["probe"] |= {"epochs": 6, "batch_size": 16}
+    (clone.root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    return clone
+
+
+def run(clone: Clone, *command: str) -> str:
+    return clone.run("python", "-m", "longtail.cli", *command, LONGTAIL_WORKERS="1")
+
+
+@pytest.mark.slow
+def test_a_set_that_is_not_there_says_what_to_put_where_and_one_that_is_small_is_not_the_release(clone: Clone) -> None:
+    out = clone.root / "data/large/inaturalist2018"
+    hidden = out.rename(out.with_name("hidden"))
+    with pytest.raises(AssertionError, match=r"iNaturalist18_train\.txt: no such list. Put .* there"):
+        run(clone, "run", "frozen-inaturalist")
+    hidden.rename(out)
+    with pytest.raises(AssertionError, match=r"5 classes; iNaturalist 2018 has 8,142|too short: 54 rows"):
+        run(clone, "run", "frozen-inaturalist")
+
+
+@pytest.mark.slow
+def test_each_goes_to_its_report_and_what_is_wrong_with_a_list_stops_it_first(clone: Clone) -> None:
+    text = (clone.root / "params.yaml").read_text().replace("edition: official", "edition: other")
+    (clone.root / "params.yaml").write_text(text)
+    for plan, index in PLANS.items():
+        run(clone, "run", plan, "--jobs", "2")
+        table = (clone.root / f"results/{plan}/table.md").read_text()
+        assert all(name in table for name in ("Cross-entropy", "BalPoE", "cRT"))
+        cells = Path(f"results/{plan}/cells/{index}_lite0/probe")
+        accuracy = files.read_json(clone.root / cells / "ce/1/metrics.json")["last"]["raw"]["accuracy"]
+        assert accuracy > 0.4  # of five classes, each a colour
+        assert f"{plan}: 3 done of 3 cells" in run(clone, "status", plan)
+    run(clone, "track")
+    path = clone.root / "data/large/places365/Places_LT_test.txt"
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    with pytest.raises(AssertionError, match=r"Places_LT_test\.txt: 20 of its lines end with CRLF"):
+        clone.run("dvc", "repro", "-f", "-s", "stages/dvc.yaml:index@places_lt")
