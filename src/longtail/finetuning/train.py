@@ -74,7 +74,8 @@ def is_plain(recipe: dict[str, Any]) -> bool:
 
 
 def build(
-    train: batches.Split, method: str, block: dict[str, Any], backbone: dict[str, Any], network: dict[str, Any], seed: int
+    train: batches.Split, method: str, block: dict[str, Any], backbone: dict[str, Any], network: dict[str, Any],
+    seed: int,
 ) -> tuple[tuned.Tuned, BaseLoss]:  # fmt: skip
     """The network of a recipe's block `network`, from pretrained weights, and the loss of a method's block for it."""
     counts = torch.bincount(train.labels, minlength=train.num_classes)

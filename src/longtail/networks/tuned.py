@@ -49,19 +49,13 @@ class Tuned(Network):
             TunedExpert(copy.deepcopy(body), HEADS[settings["head"]](width, settings["classes"], settings["scale"]))
             for _ in range(settings["experts"])
         )
-        for name in ("mean", "std"):
-            self.register_buffer(f"backbone_{name}", torch.tensor(wants[name])[:, None, None], persistent=False)
+        self.prepare = Prepare(wants["resolution"], wants["mean"], wants["std"])
 
     def before(self, images: Tensor) -> Tensor:
         """What the experts get, (B, ...): images at the backbone's resolution, normalised, through the trunk."""
-        side = self.settings["backbone"]["resolution"]
-        x = images.expand(-1, 3, -1, -1)
-        if x.shape[2:] != (side, side):
-            x = resized(x, side).clamp(0, 1)
-        x = (x - self.backbone_mean) / self.backbone_std
         with torch.no_grad():
-            reached: Tensor = self.trunk(x.contiguous(memory_format=torch.channels_last))
-        return reached
+            x: Tensor = self.trunk(self.prepare(images).contiguous(memory_format=torch.channels_last))
+        return x
 
     def after(self, x: Tensor) -> Tensor:
         """Logits (E, B, C) of what `before` gave."""
@@ -79,6 +73,38 @@ class Tuned(Network):
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.train()
         return self
+
+
+class Prepare(nn.Module):
+    """Images (B, 1 or 3, H, W) in [0, 1] as weights want them: (B, 3, R, R), grey repeated, bicubic, normalised."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, resolution: int, mean: list[float], std: list[float]):
+        super().__init__()
+        self.resolution = resolution
+        for name, values in (("mean", mean), ("std", std)):  # of the settings, not of the weights
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images.expand(-1, 3, -1, -1)
+        if x.shape[2:] != (self.resolution, self.resolution):
+            x = resized(x, self.resolution).clamp(0, 1)
+        return (x - self.mean) / self.std
+
+
+class Prepared(nn.Module):
+    """A frozen backbone with what it wants of images: (B, 1 or 3, H, W) in [0, 1] to features (B, D)."""
+
+    def __init__(self, backbone: backbones.Backbone):
+        super().__init__()
+        self.prepare = Prepare(backbone.resolution, backbone.mean, backbone.std)
+        self.network = backbone.network
+
+    def forward(self, images: Tensor) -> Tensor:
+        features_BD: Tensor = self.network(self.prepare(images))
+        return features_BD.float()
 
 
 class TunedExpert(nn.Module):
