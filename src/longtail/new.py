@@ -328,7 +328,8 @@ def _time_to_tune(found: Proposal, params: dict[str, Any]) -> list[str]:
     with torch.no_grad():
         trunk_s = _seconds(lambda: whole.before(images_), 3) / len(images_) if len(whole.trunk) else 0.0
     before, once = whole.before(images_), train.is_plain(recipe) and len(whole.trunk) > 0
-    step_s = _seconds(lambda: whole.train().after(before).sum().backward(), 4)
+    after: Any = whole.train().after
+    step_s = _seconds(lambda: after(before).sum().backward(), 4)
     torch.set_num_threads(threads)
     of_train, of_test = (len(found.arrays[f"{split}_labels"]) for split in ("train", "test"))
     passes = recipe["epochs"] * sum(_experts(params["methods"][method]) for method in plan["trained"]) * len(SEEDS)

@@ -38,11 +38,14 @@ class Tuned(Network):
         settings: of `build`; `mean` and `std` are those of images that are left as they are.
     """
 
+    trunk: nn.Sequential
+
     def __init__(self, settings: dict[str, Any], network: nn.Module):
         super().__init__(settings)
         wants = settings["backbone"]
         trunk, body = cut(network, settings["trained_groups"])
-        self.trunk = trunk.requires_grad_(False)
+        trunk.requires_grad_(False)
+        self.trunk = trunk
         with torch.no_grad():
             width = pooled(body(trunk(torch.zeros(1, 3, wants["resolution"], wants["resolution"])))).shape[1]
         self.experts = nn.ModuleList(
@@ -199,7 +202,7 @@ def starts(parts: list[tuple[str, nn.Module]]) -> list[int]:
     ]  # fmt: skip
 
 
-def cut(network: nn.Module, trained: int | Literal["all"]) -> tuple[nn.Module, nn.Module]:
+def cut(network: nn.Module, trained: int | Literal["all"]) -> tuple[nn.Sequential, nn.Module]:
     """Trunk and body of a backbone without its classifier, the last `trained` groups and what follows them.
 
     Raises ValueError where it has not so many groups, or where its parts, one after the other, are not the network.
