@@ -159,11 +159,11 @@ def test_a_cell_from_weights_to_logits_and_other_heads(here: Path) -> None:
             with torch.no_grad():
                 wanted = network(images / 255)
             np.testing.assert_allclose(found[f"{which}_{split}_logits"], wanted, rtol=1e-3, atol=1e-3)
-    rows = list(csv.DictReader(Path("history.csv").open()))
+    rows = list(csv.DictReader(Path("history.csv").read_text().splitlines()))
     assert float(rows[-1]["loss"]) < 0.5 * float(rows[0]["loss"]) and float(rows[-1]["train_accuracy"]) > 0.8
     predict.refit(
-        "e" * 16, data="data.npz", model="model", history="history.csv", way="tau_norm", seed=1, out="other",
-        history_out="other.csv", taus=[1.0],
+        "e" * 16, data="data.npz", model="model", history="history.csv", way="lws", seed=1, out="other",
+        history_out="other.csv", epochs=2, batch_size=8, lr=0.1, weight_decay=0.0,
     )  # fmt: skip
     assert tuned.load("other/last.safetensors").settings["head"] == "scaled_cosine"
     assert Path("other.csv").read_bytes() == Path("history.csv").read_bytes()

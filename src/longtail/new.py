@@ -70,11 +70,11 @@ def new(where: str, chosen: Chosen, *, params_file: Path = Path("params.yaml")) 
     Raises ValueError, with nothing written, for samples that cannot be used as they are, and a name that is taken.
     """
     params = schema.load(params_file)
-    name = chosen.name or re.sub(r"[^a-z0-9]+", "_", Path(where).resolve().stem.lower()).strip("_")
+    name = chosen.name or re.sub(r"[^a-z0-9]+", "_", Path(_whole(where)).stem.lower()).strip("_")
     if not re.match(schema.NAME_PATTERN, name):
         raise ValueError(f"--name {name!r}: lower-case letters and digits, parted by '_'")
     there = params["sources"].get(name)
-    path = str(Path(where).expanduser().resolve())
+    path = _whole(where)
     known: list[str] = []
     if there is not None:
         if path not in (there.get("path"), there.get("labels")):
@@ -88,7 +88,8 @@ def new(where: str, chosen: Chosen, *, params_file: Path = Path("params.yaml")) 
         found = _known(name, there | {"sha256": sha256}, params)
     else:
         changed = params_file.read_text()
-        table = Path(path).suffix in listing.TABLES and "path" not in listing.table(Path(path))
+        at = listing.place(path)
+        table = at.suffix in listing.TABLES and "path" not in listing.table(at)
         found = _embeddings(name, path, chosen) if table else _images(name, path, chosen)
     if chosen.tune and found.backbone is None:
         raise ValueError("--tune: these are features; a backbone is fine-tuned on images")
@@ -108,6 +109,11 @@ def new(where: str, chosen: Chosen, *, params_file: Path = Path("params.yaml")) 
         f"written: blocks {name} in params.yaml, and {pipeline.file(plan)}",
         f"next: longtail run {plan} --jobs 2",
     ]  # fmt: skip
+
+
+def _whole(path: str) -> str:
+    """A local path from the root on, so that a stage finds it wherever it runs; a URL as it is."""
+    return path if listing.is_url(path) else str(Path(path).expanduser().resolve())
 
 
 def plan_of(name: str, chosen: Chosen) -> str:
@@ -215,7 +221,7 @@ def _size(path: str, rows: list[listing.Row]) -> int:
 
 
 def _embeddings(name: str, path: str, chosen: Chosen) -> Proposal:
-    features = str(Path(chosen.features).expanduser().resolve()) if chosen.features else None
+    features = _whole(chosen.features) if chosen.features else None
     rows, values, sha256 = embeddings.look(path, features)
     rule = _rule(Counter(row.label for row in rows), chosen)
     arrays, report = own.arrays(rows, values[:, None, None, :], **rule)
