@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import safetensors.torch
 import torch
@@ -57,7 +58,9 @@ def test_it_is_saved_and_loaded(tmp_path: Path) -> None:
     assert torch.equal(network(x), again(x))
 
 
-def test_heads_are_exported_for_features_as_they_are(tmp_path: Path) -> None:
+def test_heads_are_exported_and_served_for_features_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     network = networks.build(hidden=3, standardize=True, **OF_ONE).eval()
     features_BD = np.random.default_rng(0).normal(size=(5, 6)).astype(np.float32)
@@ -66,11 +69,20 @@ def test_heads_are_exported_for_features_as_they_are(tmp_path: Path) -> None:
     correction = posthoc.Affine().fit(np.zeros((1, 4)))
     images = features_BD[:, None, None, :]
     cell = SimpleNamespace(
-        network=network, deployed=export.Deployed(network, correction).eval(), images=images, logits=wanted, title="x"
-    )
+        network=network, deployed=export.Deployed(network, correction).eval(), images=images, logits=wanted, title="x",
+        classes=["a", "b", "c", "d"], results=tmp_path,
+    )  # fmt: skip
     assert export.export(cell, tmp_path / "heads.pt2") < 1e-4
-    with pytest.raises(ValueError, match="x: heads on frozen features take no image files"):
-        export.register(cell, tmp_path, name="x", alias="y")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.chdir(tmp_path)
+    address = export.register(cell, tmp_path, name="heads", alias="champion")
+    import mlflow
+
+    served = mlflow.pyfunc.load_model(address)
+    answers = served.predict(pd.DataFrame({"features": [row.astype(float).tolist() for row in features_BD]}))
+    assert [answer["class"] for answer in answers] == ["abcd"[n] for n in wanted.argmax(1)]
+    with pytest.raises(Exception, match=r"row 0: features of shape \(2,\), not \(6,\)"):
+        served.predict(pd.DataFrame({"features": [[0.0, 1.0]]}))
 
 
 def feature_split(count: int = 40) -> batches.Split:

@@ -133,3 +133,58 @@ def test_time_is_said_from_what_a_step_takes() -> None:
     recipes = params.load(ROOT / "params.yaml")["recipes"]
     (said,) = new._time(found, {"plans": {"clip": {"recipes": ["probe_small"]}}, "recipes": recipes, "backbones": {}})
     assert said.startswith("time, roughly: features 0 s, 24 cells ")
+
+
+def test_fine_tuning_is_a_plan_beside_the_frozen_one(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(new, "_time_to_tune", lambda found, params: ["time to tune"])
+    make(here / "pets", {"cat": 40, "dog": 12})
+    assert "longtail new pets --tune" in "\n".join(new.new("pets", new.Chosen()))
+    frozen = params.load("params.yaml")
+    said = new.new("pets", new.Chosen(tune=True))
+    assert said[0] == "sources.pets: as it was" and "longtail run pets_tuned --jobs 2" in said[-1]
+    found = params.load("params.yaml")
+    tuned = found["plans"].pop("pets_tuned")
+    assert tuned["datasets"] == ["pets"] and tuned["recipes"] == ["tune"]
+    assert found == frozen
+    assert "stages/finetune.py" in Path("stages/pets_tuned/dvc.yaml").read_text()
+    assert new.new("pets", new.Chosen(tune=True)) == ["sources.pets: as it was"]
+
+
+def test_fine_tuning_without_a_frozen_plan_and_with_the_larger_backbone(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(new, "_time_to_tune", lambda found, params: ["time to tune"])
+    make(here / "pets", {"cat": 6, "dog": 4})
+    new.new("pets", new.Chosen(tune=True, size=224))
+    found = params.load("params.yaml")
+    assert "pets" not in found["plans"] and "pets_features" not in found["features"]
+    ours, theirs = found["recipes"]["pets_tune"], found["recipes"]["tune"]
+    assert ours["network"].pop("backbone") == "efficientnet_lite0_224"
+    assert theirs["network"].pop("backbone") == "efficientnet_lite0" and ours == theirs
+
+
+def test_features_are_not_fine_tuned(here: Path) -> None:
+    pq.write_table(pa.table({"label": ["a"] * 5 + ["b"] * 5}), here / "t.parquet")
+    np.save(here / "f.npy", np.random.default_rng(0).normal(size=(10, 3)))
+    before = (here / "params.yaml").read_text()
+    with pytest.raises(ValueError, match=r"--tune: these are features; a backbone is fine-tuned on images"):
+        new.new("t.parquet", new.Chosen(name="clip", features="f.npy", tune=True))
+    assert (here / "params.yaml").read_text() == before
+
+
+def test_the_time_of_fine_tuning_is_said_from_a_few_steps() -> None:
+    found = new.Proposal("pets", {}, {
+        "train_labels": np.zeros(64, int), "test_labels": np.zeros(4, int), "class_names": np.array(["a", "b"]),
+        "train_images": np.zeros((64, 8, 8, 3), np.uint8),
+    }, "small", [])  # fmt: skip
+    known = params.load(ROOT / "params.yaml")
+    known["backbones"]["small"] = {
+        "library": "timm", "network": "test_efficientnet", "weights": "none", "resolution": 32,
+    }  # fmt: skip
+    recipe = known["recipes"]["tune"] | {"network": known["recipes"]["tune"]["network"] | {"backbone": "small"}}
+    plan = dict((section, block) for section, _, block in new.blocks(found, known, tune=True))["plans"]
+    assert plan["recipes"] == ["pets_tune"]
+    known["recipes"]["pets_tune"], known["plans"]["pets_tuned"] = recipe, plan
+    (said,) = new._time_to_tune(found, known)
+    assert said.startswith("time, roughly: frozen groups, once, 0 s; 24 cells ") and "s a step of 32 images" in said
+    assert new._experts(known["methods"]["balpoe"]) == 3 and new._experts(known["methods"]["ce"]) == 1

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from longtail.data import decode, listing, long_tail, own, sources, split
+from longtail.data.sources import embeddings, images
 
 PLAIN = {"size": 8, "channels": 3, "fit": "crop", "exif_orientation": False}
 RULE = {"test_per_class": 2, "test_share": 0.5, "min_per_class": 2, "duplicates": "refuse", "seed": 0}
@@ -453,3 +454,48 @@ def test_the_tail_as_it_is_and_cut_further() -> None:
         long_tail.cut(arrays, profile="as_is", imbalance_factor=2, seed=0, held_out=0)
     with pytest.raises(ValueError, match="as_is has none, others need one"):
         long_tail.cut(arrays, profile="further", seed=0, held_out=0)
+
+
+# ---------------------------------------------------------------------------------------------- behind fsspec
+
+
+@pytest.mark.parametrize("protocol", ["memory", "file"])
+def test_a_folder_or_table_by_url_is_the_local_one(tmp_path: Path, protocol: str) -> None:
+    import fsspec
+
+    folder = make(tmp_path / "pets", {"cat": 6, "dog": 4})
+    (folder / ".hidden.png").write_bytes(b"x")
+    url = f"file://{folder}" if protocol == "file" else "memory://bucket/pets"
+    if protocol == "memory":
+        system = fsspec.filesystem("memory")
+        for file in folder.rglob("*"):
+            if file.is_file():
+                system.pipe_file(f"/bucket/pets/{file.relative_to(folder).as_posix()}", file.read_bytes())
+    plain = {"size": 8, "channels": 3, "fit": "crop", "exif_orientation": False}
+    local, remote = images.look(folder, **plain), images.look(url, **plain)
+    assert local.rows == remote.rows and len(remote.rows) == 10
+    assert local.sha256 == remote.sha256 and np.array_equal(local.pixels, remote.pixels)
+    some = local.rows[0].place
+    table = f"path,label\n{some},x\n".encode()
+    (folder / "t.csv").write_bytes(table)
+    fsspec.filesystem("memory").pipe_file("/bucket/pets/t.csv", table)
+    assert images.look(f"{url}/t.csv", **plain).rows == [listing.Row(some, "x")]
+    with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder or table"):
+        listing.read(f"{url}/nowhere")
+
+
+def test_embeddings_by_url(tmp_path: Path) -> None:
+    import fsspec
+
+    values = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    np.save(tmp_path / "f.npy", values)
+    system = fsspec.filesystem("memory")
+    system.pipe_file("/bucket/t.csv", b"label\na\na\nb\nb\n")
+    system.pipe_file("/bucket/f.npy", (tmp_path / "f.npy").read_bytes())
+    rows, found, _ = embeddings.look("memory://bucket/t.csv", "memory://bucket/f.npy")
+    assert [row.label for row in rows] == ["a", "a", "b", "b"] and np.array_equal(found, values)
+
+
+def test_a_protocol_that_nobody_knows_is_named() -> None:
+    with pytest.raises(ValueError, match=r"nobody://x: fsspec cannot open it"):
+        listing.read("nobody://x")

@@ -270,6 +270,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     one.add_argument("--name", help="of source, data set and plan (default: the folder's)")
     one.add_argument("--features", help="for a table without paths: an .npy file, a row for each of its lines")
+    one.add_argument("--tune", action="store_true", help="fine-tune the backbone, in place of frozen features")
     one.add_argument("--size", type=int, help="side of the images in pixels (default: proposed)")
     one.add_argument("--test-per-class", type=int, help="test images of a class (default: proposed)")
     one.add_argument("--broken", choices=["refuse", "leave_out"], default="refuse", help="files that are no images")
@@ -380,7 +381,9 @@ def do_new(args: argparse.Namespace) -> None:
     """Look at one's own data, and write a plan."""
     from longtail import new
 
-    wishes = new.Chosen(args.name, args.features, args.broken, args.duplicates, args.size, args.test_per_class)
+    wishes = new.Chosen(
+        args.name, args.features, args.broken, args.duplicates, args.size, args.test_per_class, args.tune
+    )
     print("\n".join(new.new(args.where, wishes)))
 
 

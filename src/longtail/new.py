@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from longtail.data import listing, long_tail, own
+from longtail.data import listing, long_tail, own, sources
 from longtail.data.sources import embeddings, images
 from longtail.evaluation.metrics import shot_groups
 from longtail.workflow import files, pipeline
@@ -26,6 +26,7 @@ LARGE = 128  # from this side on, the backbone's own resolution
 BACKBONES = {"small": "efficientnet_lite0", "large": "efficientnet_lite0_224"}  # blocks of params.yaml
 METHODS = ["ce", "balanced_softmax", "class_balanced_sampling", "ldam_drw", "gala", "balpoe", "crt", "lws"]
 REFIT = ["crt", "lws"]
+TUNE = "tune"  # the recipe of fine-tuning
 SEEDS = [1, 2, 3]
 SMALL = 2000  # training images below which the recipe has small batches
 CELL_S = 8.0  # of a cell beside its steps: start, logits, corrections, measures; processor time of 24 small cells
@@ -41,6 +42,7 @@ class Chosen:
     duplicates: str = "refuse"
     size: int | None = None
     test_per_class: int | None = None
+    tune: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,31 +70,64 @@ def new(where: str, chosen: Chosen, *, params_file: Path = Path("params.yaml")) 
     Raises ValueError, with nothing written, for samples that cannot be used as they are, and a name that is taken.
     """
     params = schema.load(params_file)
-    name = chosen.name or re.sub(r"[^a-z0-9]+", "_", Path(where).resolve().stem.lower()).strip("_")
+    name = chosen.name or re.sub(r"[^a-z0-9]+", "_", Path(_whole(where)).stem.lower()).strip("_")
     if not re.match(schema.NAME_PATTERN, name):
         raise ValueError(f"--name {name!r}: lower-case letters and digits, parted by '_'")
-    text, there = params_file.read_text(), params["sources"].get(name)
-    path = str(Path(where).expanduser().resolve())
+    there = params["sources"].get(name)
+    path = _whole(where)
+    known: list[str] = []
     if there is not None:
         if path not in (there.get("path"), there.get("labels")):
             raise ValueError(f"sources.{name} is in params.yaml with other data; give this one a --name")
         sha256 = _again(there)
-        files.write_text(params_file, text.replace(there["sha256"], sha256))
-        return [f"sources.{name}: " + ("as it was" if sha256 == there["sha256"] else "samples changed: new sha256")]
-    table = Path(path).suffix in listing.TABLES and "path" not in listing.table(Path(path))
-    found = _embeddings(name, path, chosen) if table else _images(name, path, chosen)
-    for section, key, block in blocks(found):
-        if key in params[section]:
+        changed = params_file.read_text().replace(there["sha256"], sha256)
+        known = [f"sources.{name}: " + ("as it was" if sha256 == there["sha256"] else "samples changed: new sha256")]
+        if plan_of(name, chosen) in params["plans"]:
+            files.write_text(params_file, changed)
+            return known
+        found = _known(name, there | {"sha256": sha256}, params)
+    else:
+        changed = params_file.read_text()
+        at = listing.place(path)
+        table = at.suffix in listing.TABLES and "path" not in listing.table(at)
+        found = _embeddings(name, path, chosen) if table else _images(name, path, chosen)
+    if chosen.tune and found.backbone is None:
+        raise ValueError("--tune: these are features; a backbone is fine-tuned on images")
+    for section, key, block in blocks(found, params, tune=chosen.tune):
+        if key not in params[section]:
+            changed = inserted(changed, section, key, block)
+        elif there is None or section == "plans":
             raise ValueError(f"{section}.{key} is in params.yaml already; give this one a --name")
-        text = inserted(text, section, key, block)
-    files.write_text(params_file, text)
-    params = schema.load(params_file)
-    files.write_text(pipeline.file(name), pipeline.text(name, params))
+    files.write_text(params_file, changed)
+    params, plan = schema.load(params_file), plan_of(name, chosen)
+    files.write_text(pipeline.file(plan), pipeline.text(plan, params))
+    if found.backbone and not chosen.tune:
+        found.said.append(f"features are frozen in this plan; `longtail new {where} --tune` writes one of fine-tuning")
     return [
-        *found.said, *_counts(found.arrays, params["evaluate"]), *_time(found, params),
-        f"written: blocks {name} in params.yaml, and {pipeline.file(name)}",
-        f"next: longtail run {name} --jobs 2",
+        *known, *found.said, *_counts(found.arrays, params["evaluate"]),
+        *(_time_to_tune if chosen.tune else _time)(found, params),
+        f"written: blocks {name} in params.yaml, and {pipeline.file(plan)}",
+        f"next: longtail run {plan} --jobs 2",
     ]  # fmt: skip
+
+
+def _whole(path: str) -> str:
+    """A local path from the root on, so that a stage finds it wherever it runs; a URL as it is."""
+    return path if listing.is_url(path) else str(Path(path).expanduser().resolve())
+
+
+def plan_of(name: str, chosen: Chosen) -> str:
+    """The plan's name: that of the data, or with fine-tuning another, so that both can be there."""
+    return f"{name}_tuned" if chosen.tune else name
+
+
+def _known(name: str, source: dict[str, Any], params: dict[str, Any]) -> Proposal:
+    """The proposal whose source is in params.yaml already."""
+    settings = {key: value for key, value in source.items() if key != "reader"}
+    arrays = sources.load(source["reader"])("", **settings)
+    of_features = params["features"].get(f"{name}_features", {}).get("backbone")
+    backbone = of_features or BACKBONES["large" if source.get("size", 0) >= LARGE else "small"]
+    return Proposal(name, source, arrays, None if source["reader"] == schema.EMBEDDINGS else backbone, [])
 
 
 def _again(block: dict[str, Any]) -> str:
@@ -103,19 +138,27 @@ def _again(block: dict[str, Any]) -> str:
     return images.look(**{key: block[key] for key in keys}).sha256
 
 
-def blocks(found: Proposal) -> list[tuple[str, str, dict[str, Any]]]:
+def blocks(found: Proposal, params: dict[str, Any], *, tune: bool = False) -> list[tuple[str, str, dict[str, Any]]]:
     """What goes into params.yaml: (section, name, block)."""
-    data = f"{found.name}_features" if found.backbone else found.name
-    recipe = "probe" if len(found.arrays["train_labels"]) >= SMALL else "probe_small"
+    data, recipe = found.name, "probe" if len(found.arrays["train_labels"]) >= SMALL else "probe_small"
+    of_one = []
+    if tune:
+        recipe = TUNE
+        if params["recipes"][TUNE]["network"]["backbone"] != found.backbone:  # the same with the other backbone
+            recipe, whole = f"{found.name}_{TUNE}", params["recipes"][TUNE]
+            of_one = [("recipes", recipe, whole | {"network": whole["network"] | {"backbone": found.backbone}})]
+    elif found.backbone:
+        data = f"{found.name}_features"
+        of_one = [("features", data, {"dataset": found.name, "backbone": found.backbone})]
     plan = {
         "datasets": [data], "recipes": [recipe], "methods": METHODS,
         "trained": [method for method in METHODS if method not in REFIT], "refit": REFIT, "seeds": SEEDS,
     }  # fmt: skip
     return [
-        ("plans", found.name, plan),
+        ("plans", plan_of(found.name, Chosen(tune=tune)), plan),
         ("sources", found.name, found.source),
         ("datasets", found.name, {"source": found.name, "profile": "as_is", "seed": 0, "held_out": 0}),
-        *([("features", data, {"dataset": found.name, "backbone": found.backbone})] if found.backbone else []),
+        *of_one,
     ]
 
 
@@ -178,7 +221,7 @@ def _size(path: str, rows: list[listing.Row]) -> int:
 
 
 def _embeddings(name: str, path: str, chosen: Chosen) -> Proposal:
-    features = str(Path(chosen.features).expanduser().resolve()) if chosen.features else None
+    features = _whole(chosen.features) if chosen.features else None
     rows, values, sha256 = embeddings.look(path, features)
     rule = _rule(Counter(row.label for row in rows), chosen)
     arrays, report = own.arrays(rows, values[:, None, None, :], **rule)
@@ -265,10 +308,57 @@ def _time(found: Proposal, params: dict[str, Any]) -> list[str]:
     ]
 
 
-def _seconds(work: Any) -> float:
+def _time_to_tune(found: Proposal, params: dict[str, Any]) -> list[str]:
+    """How long fine-tuning will take here, from a batch through the trunk and a few steps of what is trained."""
+    import torch
+
+    from longtail.finetuning import train
+    from longtail.networks import tuned
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    plan = params["plans"][plan_of(found.name, Chosen(tune=True))]
+    recipe = params["recipes"][plan["recipes"][0]]
+    network = {key: value for key, value in recipe["network"].items() if key not in ("backbone", "pretrained_lr")}
+    channels, classes = found.arrays["train_images"].shape[-1], len(found.arrays["class_names"])
+    whole = tuned.start(
+        params["backbones"][recipe["network"]["backbone"]],
+        channels=channels,
+        classes=classes,
+        experts=1,
+        seed=0,
+        **network,
+    )
+    size = found.arrays["train_images"].shape[1]
+    images_ = torch.rand(recipe["batch_size"], channels, size, size)
+    with torch.no_grad():
+        trunk_s = _seconds(lambda: whole.before(images_), 3) / len(images_) if len(whole.trunk) else 0.0
+    before, once = whole.before(images_), train.is_plain(recipe) and len(whole.trunk) > 0
+    after: Any = whole.train().after
+    step_s = _seconds(lambda: after(before).sum().backward(), 4)
+    torch.set_num_threads(threads)
+    of_train, of_test = (len(found.arrays[f"{split}_labels"]) for split in ("train", "test"))
+    passes = recipe["epochs"] * sum(_experts(params["methods"][method]) for method in plan["trained"]) * len(SEEDS)
+    looks = of_train * recipe["epochs"] * len(plan["trained"]) * len(SEEDS)  # at images, in training
+    cells = len(plan["methods"]) * len(SEEDS)
+    cells_s = cells * CELL_S + passes * (of_train // recipe["batch_size"]) * step_s + (0 if once else looks * trunk_s)
+    return [
+        f"time, roughly: frozen groups, once, {_minutes((of_train + of_test) * trunk_s)}; {cells} cells "
+        f"{_minutes(cells_s)} one after the other, {_minutes(cells_s / 2)} with two at a time "
+        f"({step_s:.2f} s a step of {len(images_)} images and one expert)"
+    ]
+
+
+def _experts(method: dict[str, Any]) -> int:
+    """How many experts a method's block asks for: as many as its taus."""
+    taus = method.get("taus", [0])
+    return int(taus["count"]) if isinstance(taus, dict) else len(taus)
+
+
+def _seconds(work: Any, runs: int = 8) -> float:
     """The shortest of some runs of `work`: what it takes where nothing else runs."""
     found = []
-    for _ in range(8):
+    for _ in range(runs):
         start = time.perf_counter()
         work()
         found.append(time.perf_counter() - start)

@@ -1,9 +1,12 @@
-"""One's own data as rows: a folder of class folders, or a table (CSV, Parquet) of paths and labels."""
+"""One's own data as rows: a folder of class folders, or a table (CSV, Parquet) of paths and labels.
+
+Either is a local path, or a URL of any file system that fsspec has (s3://, gs://, https://, memory://, file://).
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
 
 import pyarrow.csv
 import pyarrow.parquet
@@ -11,6 +14,79 @@ import pyarrow.parquet
 SPLITS = ("train", "test")
 TABLES = (".csv", ".parquet")
 COLUMNS = ("label", "group", "split")
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file or folder behind fsspec: as much of pathlib's interface as is used of local ones.
+
+    Args:
+        system: fsspec's file system.
+        path: its name for it.
+    """
+
+    system: Any
+    path: str
+
+    def __truediv__(self, inner: str) -> "Remote":
+        return Remote(self.system, f"{self.path.rstrip('/')}/{inner}")
+
+    def __str__(self) -> str:
+        found: str = self.system.unstrip_protocol(self.path)
+        return found
+
+    @property
+    def parent(self) -> "Remote":
+        return Remote(self.system, self.path.rpartition("/")[0])
+
+    @property
+    def suffix(self) -> str:
+        return PurePosixPath(self.path).suffix
+
+    def exists(self) -> bool:
+        return bool(self.system.exists(self.path))
+
+    def is_dir(self) -> bool:
+        return bool(self.system.isdir(self.path))
+
+    def is_file(self) -> bool:
+        return bool(self.system.isfile(self.path))
+
+    def open(self, mode: str = "rb") -> Any:
+        return self.system.open(self.path, mode)
+
+    def read_bytes(self) -> bytes:
+        found: bytes = self.system.cat_file(self.path)
+        return found
+
+
+Place = Path | Remote
+
+
+def place(path: str | Path) -> Place:
+    """A local path, `~` expanded, or what a URL names. Raises ValueError for a URL that fsspec cannot open."""
+    if not is_url(path):
+        return Path(path).expanduser()
+    import fsspec  # half a second that local files do without
+
+    try:
+        return Remote(*fsspec.core.url_to_fs(str(path)))
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{path}: fsspec cannot open it ({error})") from error
+
+
+def is_url(path: str | Path) -> bool:
+    """Whether it has a protocol in front."""
+    return "://" in str(path)
+
+
+def files_under(folder: Place) -> list[str]:
+    """All files below a folder, hidden ones left out, relative to it."""
+    if isinstance(folder, Path):
+        found = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+    else:
+        found = [name.removeprefix(f"{folder.path.rstrip('/')}/") for name in folder.system.find(folder.path)]
+    return [name for name in found if not any(part.startswith(".") for part in name.split("/"))]
 
 
 @dataclass(frozen=True)
@@ -26,7 +102,7 @@ class Row:
     split: str | None = None
 
 
-def read(path: str | Path) -> tuple[Path, list[Row]]:
+def read(path: str | Path) -> tuple[Place, list[Row]]:
     """The folder that places are relative to, and the rows, sorted by place.
 
     A folder has a folder for each class; or `train` and `test`, and those in each. Hidden files are left out. A table
@@ -34,34 +110,36 @@ def read(path: str | Path) -> tuple[Path, list[Row]]:
 
     Raises ValueError, naming the place, for anything else, and FileNotFoundError for a path that is not there.
     """
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such folder or table")
-    if path.is_dir():
-        return path, _folder(path)
-    columns = table(path)
+    at = place(path)
+    if not at.exists():
+        raise FileNotFoundError(f"{at}: no such folder or table")
+    if at.is_dir():
+        return at, _folder(at)
+    columns = table(at)
     if "path" not in columns:
-        raise ValueError(f"{path}: no column path; it has {', '.join(columns)}")
-    places = [_text(value, path, number, "path") for number, value in enumerate(columns["path"], 1)]
-    found = rows(places, columns, path)
+        raise ValueError(f"{at}: no column path; it has {', '.join(columns)}")
+    places = [_text(value, at, number, "path") for number, value in enumerate(columns["path"], 1)]
+    found = rows(places, columns, at)
     if twice := _twice(row.place for row in found):
-        raise ValueError(f"{path}: {twice} is there twice")
-    return path.parent, sorted(found, key=lambda row: row.place)
+        raise ValueError(f"{at}: {twice} is there twice")
+    return at.parent, sorted(found, key=lambda row: row.place)
 
 
-def table(path: Path) -> dict[str, list[Any]]:
+def table(path: Place) -> dict[str, list[Any]]:
     """The columns of a CSV or Parquet file. Raises ValueError naming a file that is neither."""
     readers = {".csv": pyarrow.csv.read_csv, ".parquet": pyarrow.parquet.read_table}
     if path.suffix not in readers:
         raise ValueError(f"{path}: allowed are a folder of class folders, and tables: {', '.join(TABLES)}")
     try:
-        columns: dict[str, list[Any]] = readers[path.suffix](path).to_pydict()
+        file: IO[bytes]
+        with path.open("rb") as file:
+            columns: dict[str, list[Any]] = readers[path.suffix](file).to_pydict()
     except Exception as error:
         raise ValueError(f"{path}: not readable as {path.suffix} ({error})") from error
     return columns
 
 
-def rows(places: list[str], columns: dict[str, list[Any]], path: Path) -> list[Row]:
+def rows(places: list[str], columns: dict[str, list[Any]], path: Place) -> list[Row]:
     """Rows of the columns label, group and split of a table; ValueError naming a line without a label, or a split that
     is neither train nor test."""
     if "label" not in columns:
@@ -75,32 +153,28 @@ def rows(places: list[str], columns: dict[str, list[Any]], path: Path) -> list[R
     return found
 
 
-def _text(value: Any, path: Path, number: int, column: str) -> str:
+def _text(value: Any, path: Place, number: int, column: str) -> str:
     if value is None or str(value) == "":
         raise ValueError(f"{path}: row {number} has no {column}")
     return str(value)
 
 
-def _folder(path: Path) -> list[Row]:
-    inner = _folders(path)
+def _folder(path: Place) -> list[Row]:
+    names = [name for name in files_under(path) if "/" in name]
+    inner = sorted({name.split("/")[0] for name in names})
     split = set(inner) == set(SPLITS)
     if "train" in inner and not split:
         raise ValueError(f"{path}: folders {', '.join(inner)}; allowed are train and test, or a folder a class")
-    found: list[Row] = []
-    for part in SPLITS if split else (".",):
-        for label in _folders(path / part):
-            found += [
-                Row(file.relative_to(path).as_posix(), label, None, part if split else None)
-                for file in (path / part / label).rglob("*")
-                if file.is_file() and not any(name.startswith(".") for name in file.relative_to(path).parts)
-            ]
+    found = []
+    for name in names:
+        parts = name.split("/")
+        if split and len(parts) > 2:
+            found.append(Row(name, parts[1], None, parts[0]))
+        elif not split:
+            found.append(Row(name, parts[0], None, None))
     if not found:
         raise ValueError(f"{path}: no files in class folders there")
     return sorted(found, key=lambda row: row.place)
-
-
-def _folders(path: Path) -> list[str]:
-    return sorted(inner.name for inner in path.iterdir() if inner.is_dir() and not inner.name.startswith("."))
 
 
 def _twice(values: Iterable[str]) -> str | None:

@@ -301,6 +301,8 @@ def job(root: Path, one: Stale, steps: int) -> dict[str, Any]:
     training = None
     if first in one.changed and first.startswith("train-") and isinstance(one.cell, Cell):
         read = locks.keys(one.stages[first])
+        if "backbone" in read[f"recipes.{one.cell.recipe}"]["network"]:
+            raise ValueError("fine-tuned with other code: no comparison begins its epochs, train it again")
         training = {
             "data": str(root / "data" / "long_tail" / f"{one.cell.dataset}.npz"),
             "recipe": read[f"recipes.{one.cell.recipe}"], "method": one.cell.method,

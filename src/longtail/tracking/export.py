@@ -1,9 +1,11 @@
 """A trained cell as a file that needs no code of ours, and in MLflow's model registry.
 
 The file holds normalisation, network, the product of its experts and a correction of its logits: images in, logits and
-probabilities out. ONNX runs in any ONNX runtime, .pt2 (torch.export) in plain PyTorch.
+probabilities out. Of heads on a backbone's features it holds the backbone, too; of heads on somebody's own embeddings,
+the heads alone: features in. ONNX runs in any ONNX runtime, .pt2 (torch.export) in plain PyTorch. The names of the
+classes are in the file: ONNX's metadata `classes`, .pt2's extra file `classes.json`, a JSON list either.
 
-N images, H x W pixels, C classes.
+N images, H x W pixels, C classes, D features.
 """
 
 import json
@@ -19,12 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from longtail import networks, posthoc
+from longtail.networks import backbones, tuned
 from longtail.posthoc import predictions
 from longtail.tracking import runs
 from longtail.workflow import cells, files
+from longtail.workflow import params as schema
 
 KINDS = (".onnx", ".pt2")
-INPUT, OUTPUTS = "images", ("logits", "probabilities")
+OUTPUTS = ("logits", "probabilities")
+CLASSES = "classes"
 TOLERANCE = 1e-3  # nats between the file's logits and the pipeline's: other libraries round otherwise
 CHECKED = 256  # test images that the file is tried on
 SERVED = Path(__file__).with_name("served.py")
@@ -33,7 +38,10 @@ SERVED = Path(__file__).with_name("served.py")
 class Deployed(nn.Module):
     """Images as they are decoded, uint8 (N, H, W, channels), to corrected logits and probabilities (N, C).
 
-    Of heads on frozen features: features, float32 (N, 1, 1, D), in place of images; the backbone is not in it.
+    Of heads on frozen features: features, float32 (N, 1, 1, D), in place of images, where the backbone is not given.
+
+    Args:
+        backbone: what made the features that the network takes of images.
     """
 
     mean: Tensor
@@ -41,17 +49,24 @@ class Deployed(nn.Module):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, network: networks.Network, correction: posthoc.Correction):
+    def __init__(
+        self, network: networks.Network, correction: posthoc.Correction, backbone: backbones.Backbone | None = None
+    ):
         super().__init__()
         self.network = network
-        self.full = 1 if of_features(network) else 255
+        self.backbone = None if backbone is None else tuned.Prepared(backbone)
+        self.full = 1 if of_features(network) and backbone is None else 255
+        self.input = "features" if self.full == 1 else "images"
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(network.settings[name]).view(-1, 1, 1))
         self.register_buffer("scale", torch.as_tensor(correction.scale_, dtype=torch.float32))
         self.register_buffer("shift", torch.as_tensor(correction.shift_, dtype=torch.float32))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        x = (images.permute(0, 3, 1, 2).float() / self.full - self.mean) / self.std
+        x = images.permute(0, 3, 1, 2).float() / self.full
+        if self.backbone is not None:
+            x = self.backbone(x)[:, :, None, None]
+        x = (x - self.mean) / self.std
         logits = self.scale * networks.product(self.network(x)) + self.shift
         return logits, logits.softmax(1)
 
@@ -78,7 +93,8 @@ class Trained:
         runs = root / cell.runs
         if not (runs / "alignment.json").is_file():
             raise ValueError(f"{runs}: no finished cell; `longtail run {plan} --only '{name}'` makes one")
-        self.network = networks.load(runs / "model" / "last.safetensors")
+        weights = runs / "model" / "last.safetensors"
+        self.network = tuned.load(weights) if tuned.is_tuned(weights) else networks.load(weights)
         self.results = root / cell.results
         saved = files.load_arrays(runs / "predictions.npz", "class_names", "last_test_logits", "test_labels")
         self.classes = [str(text) for text in saved["class_names"]]
@@ -88,10 +104,14 @@ class Trained:
         given = posthoc.Affine().fit(np.zeros((1, len(self.classes))))
         self.correction = given if correction == "none" else posthoc.from_dict(fitted[correction])
         self.logits = self.correction.transform(predictions.product(saved["last_test_logits"]))
-        self.images = files.load_arrays(root / "data" / "long_tail" / f"{cell.dataset}.npz", "test_images")[
-            "test_images"
-        ]
-        self.deployed = Deployed(self.network, self.correction).eval()
+        dataset, backbone = cell.dataset, None
+        params = schema.load(root / "params.yaml")
+        if dataset in params["features"]:  # the images that the features are of, and what made them
+            made = params["features"][dataset]
+            dataset, backbone = made["dataset"], backbones.load(**params["backbones"][made["backbone"]])
+        data = root / "data" / "long_tail" / f"{dataset}.npz"
+        self.images = files.load_arrays(data, "test_images")["test_images"]
+        self.deployed = Deployed(self.network, self.correction, backbone).eval()
 
 
 def check_target(out: str | Path) -> Path:
@@ -131,7 +151,8 @@ def _pt2(cell: Trained, path: Path) -> Callable[[np.ndarray], np.ndarray]:
     example, open_size = _example(cell)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.export.save(torch.export.export(cell.deployed, example, dynamic_shapes=open_size), path)
+        program = torch.export.export(cell.deployed, example, dynamic_shapes=open_size)
+        torch.export.save(program, path, extra_files={f"{CLASSES}.json": json.dumps(cell.classes)})
         loaded = torch.export.load(path).module()
     return lambda images: loaded(torch.from_numpy(images))[0].detach().numpy()
 
@@ -149,36 +170,34 @@ def _onnx(cell: Trained, path: Path) -> Callable[[np.ndarray], np.ndarray]:
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             cell.deployed, example, dynamo=True, dynamic_shapes=open_size, verbose=False,
-            input_names=[INPUT], output_names=[*OUTPUTS],
+            input_names=[cell.deployed.input], output_names=[*OUTPUTS],
         )  # fmt: skip
     assert program is not None
+    program.model.metadata_props[CLASSES] = json.dumps(cell.classes)
     program.save(path, external_data=False)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda images: np.asarray(session.run([OUTPUTS[0]], {INPUT: images})[0])
+    return lambda images: np.asarray(session.run([OUTPUTS[0]], {cell.deployed.input: images})[0])
 
 
 def register(cell: Trained, root: Path, *, name: str, alias: str) -> str:
     """Put the cell into MLflow's model registry, with signature and input example; returns its address.
 
-    The store is that of `longtail track`. What is served reads image files (served.py) and needs onnxruntime, numpy
-    and Pillow, nothing of this project.
-
-    Raises ValueError for heads on features, which take no image files.
+    The store is that of `longtail track`. What is served reads image files (served.py), or rows of features where the
+    cell's data set are somebody's own embeddings, and needs onnxruntime, numpy and Pillow, nothing of this project.
     """
-    if of_features(cell.network):
-        raise ValueError(
-            f"{cell.title}: heads on frozen features take no image files; `longtail export` writes the heads"
-        )
     uri, _ = runs.location(root)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     import mlflow
     import pandas
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema
-    from mlflow.types.schema import Map
+    from mlflow.types.schema import Array, Map
 
+    takes = cell.deployed.input.removesuffix("s") if cell.deployed.input == "images" else cell.deployed.input
+    kind: Any = DataType.binary if takes == "image" else Array(DataType.double)
+    given: Any = encoded(cell.images[0]) if takes == "image" else cell.images[0].ravel().astype(float).tolist()
     signature = ModelSignature(
-        Schema([ColSpec(DataType.binary, "image")]),
+        Schema([ColSpec(kind, takes)]),
         Schema([ColSpec(DataType.string, "class"), ColSpec(Map(DataType.double), "probabilities")]),
     )
     with runs.open_store(root) as store, tempfile.TemporaryDirectory() as folder:
@@ -193,7 +212,7 @@ def register(cell: Trained, root: Path, *, name: str, alias: str) -> str:
         ):
             logged = mlflow.pyfunc.log_model(
                 name="model", python_model=str(SERVED), artifacts={"network": str(network), "about": str(about)},
-                signature=signature, input_example=pandas.DataFrame({"image": [encoded(cell.images[0])]}),
+                signature=signature, input_example=pandas.DataFrame({takes: [given]}),
                 registered_model_name=name, pip_requirements=_requirements(),
                 metadata={"cell": cell.title, **_measures(cell)},
             )  # fmt: skip

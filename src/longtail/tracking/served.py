@@ -1,7 +1,8 @@
 """What MLflow serves of a registered cell; MLflow keeps a copy of this file, which needs nothing of longtail.
 
-In: a column `image`, the bytes of an image file (PNG, JPEG, ...; base64 in JSON). Out, for each: the most probable
-class, and the probability of every class by its name.
+In: a column `image`, the bytes of an image file (PNG, JPEG, ...; base64 in JSON); or, of heads on somebody's own
+embeddings, a column `features`, a list of numbers. Out, for each: the most probable class, and the probability of every
+class by its name.
 """
 
 import io
@@ -25,17 +26,28 @@ class Served(PythonModel):
         self.about = json.loads(Path(context.artifacts["about"]).read_text())
 
     def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-        """Classify image files; one that has another size than the network's images is resized.
+        """Classify image files, one that has another size than the network's images is resized; or features.
 
-        Raises ValueError naming the row that holds no image.
+        Raises ValueError naming the row that holds no image, or another number of features.
         """
-        images = np.stack([self.decode(row, data) for row, data in enumerate(model_input["image"])])
-        (probabilities,) = self.session.run(["probabilities"], {"images": images})
+        (takes,) = (one.name for one in self.session.get_inputs())
+        if takes == "images":
+            given = np.stack([self.decode(row, data) for row, data in enumerate(model_input["image"])])
+        else:
+            given = np.stack([self.numbers(row, values) for row, values in enumerate(model_input["features"])])
+        (probabilities,) = self.session.run(["probabilities"], {takes: given})
         classes = self.about["classes"]
         return [
             {"class": classes[int(row.argmax())], "probabilities": dict(zip(classes, row.tolist(), strict=True))}
             for row in probabilities
         ]
+
+    def numbers(self, row: int, values: Any) -> np.ndarray:
+        """A list of numbers as float32 (1, 1, D)."""
+        found, width = np.asarray(values, dtype=np.float32), self.about["channels"]
+        if found.shape != (width,):
+            raise ValueError(f"row {row}: features of shape {found.shape}, not ({width},)")
+        return found.reshape(1, 1, -1)
 
     def decode(self, row: int, data: bytes) -> np.ndarray:
         """The bytes of a file as uint8 (H, W, channels)."""

@@ -32,6 +32,11 @@ PLUMBING = frozenset(
 # Scripts that need no manifest: what they do is decided by what they declare themselves.
 WITHOUT = {"check", "manifests", "show"}
 EXPORTS = {"losses": "Loss", "heads": "refit", "data/sources": "read"}  # what is loaded by a name in params.yaml
+# Scripts with a manifest for each method: the folder of what they load, and the key of its name in the method's block.
+BY_METHOD = {
+    "train": ("losses", "loss"), "finetune": ("losses", "loss"),
+    "refit": ("heads", "refit"), "finetune_refit": ("heads", "refit"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,9 @@ class Start:
 def starts(root: Path, params: Mapping[str, Any]) -> dict[str, Start]:
     """{manifest: its start}.
 
-    `train-<method>` for each method with a loss, `incremental_train-<training>` for each training of chains,
-    `refit-<method>` for each that refits a head, `download-<source>`, and `<script>` for every other script of stages/.
+    `train-<method>` and `finetune-<method>` for each method with a loss, `refit-<method>` and `finetune_refit-<method>`
+    for each that refits a head, `incremental_train-<training>` for each training of chains, `download-<source>`, and
+    `<script>` for every other script of stages/.
     """
     found = {}
     for script in sorted((root / "stages").glob("*.py")):
@@ -55,8 +61,8 @@ def starts(root: Path, params: Mapping[str, Any]) -> dict[str, Start]:
         if script.stem == "download":
             for name, block in params["sources"].items():
                 found[f"download-{name}"] = Start(script, _export(root, "data/sources", block["reader"]))
-        elif script.stem in ("train", "refit"):
-            folder, key = {"train": ("losses", "loss"), "refit": ("heads", "refit")}[script.stem]
+        elif script.stem in BY_METHOD:
+            folder, key = BY_METHOD[script.stem]
             for method, block in params["methods"].items():
                 export = _export(root, folder, block.get(key, method))
                 if export:

@@ -179,6 +179,13 @@ class FeatureNetwork(Network):
     standardize: bool
 
 
+class TunedNetwork(Network):
+    backbone: Name
+    trained_groups: Count | Literal["all"]  # the last ones; each expert has them to itself
+    pretrained_lr: Annotated[float, Field(gt=0, le=1)]  # times the recipe's: the step of all but the new head
+    norm_statistics: Literal["frozen", "batch"]
+
+
 class Recipe(Block):
     epochs: Count
     batch_size: Annotated[int, Field(ge=2, le=2**20)]
@@ -220,6 +227,21 @@ class LargeRecipe(Recipe):
     network: LargeNetwork
 
 
+class TunedRecipe(Recipe):
+    """A recipe that fine-tunes a backbone, whose weights say how images are normalised and scaled."""
+
+    network: TunedNetwork
+    normalization: None = None  # type: ignore[assignment]
+
+    @model_validator(mode="after")
+    def _what_the_backbone_decides(self) -> "TunedRecipe":
+        changed = [key for key in ("weight_average", "sync_batch_norm") if getattr(self, key)]
+        changed += ["resolution"] if self.resolution.milestones else []
+        if changed:
+            raise ValueError(f"a backbone that is fine-tuned (network.backbone) has none: {', '.join(changed)} is off")
+        return self
+
+
 class FeatureRecipe(Recipe):
     """A recipe for heads on frozen features: what only images have is left out."""
 
@@ -236,6 +258,10 @@ class FeatureRecipe(Recipe):
         if changed:
             raise ValueError(f"heads on features (network.hidden) have no images: {', '.join(changed)} must be off")
         return self
+
+
+# What a recipe is for, by a key of its block `network`; without any of them, for images of CIFAR's size.
+RECIPES: dict[str, type[Recipe]] = {"hidden": FeatureRecipe, "architecture": LargeRecipe, "backbone": TunedRecipe}
 
 
 class Features(Block):
@@ -406,7 +432,7 @@ def validate(value: Any, file: str = "params.yaml") -> None:
     for name, block in _section(value, "recipes", problems).items():
         network = block.get("network") if isinstance(block, dict) else None
         keys = network if isinstance(network, dict) else {}
-        model = FeatureRecipe if "hidden" in keys else LargeRecipe if "architecture" in keys else CifarRecipe
+        model = next((RECIPES[key] for key in RECIPES if key in keys), CifarRecipe)
         _validated(model, block, f"recipes.{name}", problems)
     singles: dict[str, type[Block]] = {"align": Align, "evaluate": Evaluate, "fisher": Fisher}
     for section, single in singles.items():
@@ -609,6 +635,10 @@ def _check_names(value: dict[str, Any], problems: list[str]) -> None:
         if isinstance(block, dict):
             check(f"indexed.{name}.index", block.get("index"), "indexes")
             check(f"indexed.{name}.backbone", block.get("backbone"), "backbones")
+    for name in known("recipes"):
+        if isinstance(value["recipes"][name], dict) and isinstance(value["recipes"][name].get("network"), dict):
+            network = value["recipes"][name]["network"]
+            check(f"recipes.{name}.network.backbone", network.get("backbone"), "backbones")
     _check_features(value, problems)
 
 
@@ -642,6 +672,11 @@ def _check_features(value: dict[str, Any], problems: list[str]) -> None:
                 if features != of_features(value, dataset):
                     has, takes = ("features", "images") if not features else ("images", "features (network.hidden)")
                     problems.append(f"plans.{plan}: {dataset} has {has}, and the recipe {recipe} takes {takes}")
+        tuned = [recipe for recipe in block["recipes"] if "backbone" in value["recipes"][recipe]["network"]]
+        if tuned and tuned != block["recipes"]:
+            problems.append(f"plans.{plan}.recipes: {', '.join(tuned)} fine-tune a backbone; all have to, or none")
+        if tuned and block.get("fuse"):
+            problems.append(f"plans.{plan}.fuse: networks that are fine-tuned cannot be fused; balpoe has experts")
 
 
 def _check_kinds(plan: str, block: dict[str, Any], methods: dict[str, Any], problems: list[str]) -> None:

@@ -22,6 +22,8 @@ CELL_FILES = (
     "right.csv",
 )
 TEMPLATE = "plan.yaml.j2"
+SCRIPTS = {"train": "train", "predict": "predict", "refit": "refit"}  # of a cell's stages that need its network
+TUNED = {"train": "finetune", "predict": "finetune_predict", "refit": "finetune_refit"}  # where that is a backbone
 INCREMENTAL = "incremental.yaml.j2"
 INCREMENTAL_FILES = ("summary.json", "steps.csv", "groups.csv", "confusion.csv", "energies.csv", "history.csv")
 
@@ -96,9 +98,13 @@ def text(plan: str, params: Mapping[str, Any]) -> str:
     fused = block.get("fuse", [])
     if len(fused) > 1:  # a matrix cannot give each its own number of networks
         raise ValueError(f"plans.{plan}.fuse = {fused}: one method at most; another plan takes the next")
+    networks = [params["recipes"][recipe]["network"] for recipe in block["recipes"]]
+    backbones = sorted({network["backbone"] for network in networks if "backbone" in network})
     return _render(
         TEMPLATE,
         plan=plan,
+        scripts=TUNED if backbones else SCRIPTS,
+        backbones=backbones,
         refitted=bool(block.get("refit")),
         fused="".join(fused),
         experts=len(params["methods"][fused[0]]["fuse"]) if fused else 0,

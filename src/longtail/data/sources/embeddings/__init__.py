@@ -4,6 +4,7 @@ The table is CSV or Parquet with the column `label`, and may have `group` and `s
 beside it, (N, D), or the Parquet's own column `features`, a list of D numbers each.
 """
 
+import io
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +19,7 @@ def look(labels: str | Path, features: str | Path | None) -> tuple[list[listing.
 
     Raises ValueError naming the file that is missing, has other rows or another shape, or a number that is not finite.
     """
-    path = Path(labels).expanduser()
+    path = listing.place(labels)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such table")
     columns = listing.table(path)
@@ -33,9 +34,9 @@ def look(labels: str | Path, features: str | Path | None) -> tuple[list[listing.
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: features are no numbers ({error})") from error
     else:
-        file = Path(features).expanduser()
+        file = listing.place(features)
         try:
-            values = np.load(file, allow_pickle=False)
+            values = np.load(io.BytesIO(file.read_bytes()), allow_pickle=False)
         except Exception as error:  # numpy parses the header as Python: EOFError, TokenError, RecursionError, ...
             raise ValueError(f"{file}: not a readable .npy file ({error})") from error
         if not isinstance(values, np.ndarray):

@@ -124,10 +124,10 @@ def read(
     return arrays
 
 
-def shorter_side(file: Path) -> int:
+def shorter_side(file: listing.Place) -> int:
     """Pixels of the shorter side of an image, by its header alone; 0 where it has none that can be read."""
     try:
-        with Image.open(file) as image:
+        with file.open("rb") as opened, Image.open(opened) as image:
             return min(image.size)
     except Exception:  # decoders of damaged files raise all there is
         return 0

@@ -1,0 +1,67 @@
+"""What the frozen trunk makes of a split's images: computed once, and kept for all cells that share trunk and images.
+
+It is kept in shards below runs/.trunk, by the content of trunk and images, each written whole: a run that was killed
+goes on after the last one, and ends with the same bytes. Nothing depends on the folder; it may be deleted.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longtail.data.batches import Split
+from longtail.networks.tuned import Tuned
+from longtail.training import provenance
+
+FOLDER = Path("runs/.trunk")
+SHARD, PART = 512, 64  # images: in a file, and at a time
+LARGEST = 2**30  # bytes of a split that are held in memory; where there are more, the trunk runs at every step
+
+
+def passed(tuned: Tuned, split: Split) -> Split:
+    """The split with what the trunk makes of its images (N, ...) float32, or as it is where there is no trunk.
+
+    It is left as it is, too, where that would take more than LARGEST bytes.
+    """
+    if not len(tuned.trunk) or not len(split):
+        return split
+    each = _before(tuned, split.images[:1])[0]
+    if each.numel() * each.element_size() * len(split) > LARGEST:
+        return split
+    folder = FOLDER / _key(tuned, split)
+    found = [_shard(folder / f"{first:09}.npy", tuned, split.images[first : first + SHARD])
+             for first in range(0, len(split), SHARD)]  # fmt: skip
+    return Split(torch.cat(found).to(split.labels.device), split.labels, split.num_classes)
+
+
+def _before(tuned: Tuned, images: Tensor) -> Tensor:
+    """Of images (n, channels, H, W) uint8: what `Tuned.before` gives, on the CPU."""
+    tuned.eval()
+    with torch.inference_mode():
+        parts = [tuned.before(part.float() / 255).cpu() for part in torch.split(images, PART)]
+    return torch.cat(parts).contiguous()
+
+
+def _shard(path: Path, tuned: Tuned, images: Tensor) -> Tensor:
+    if path.is_file():
+        return torch.from_numpy(np.load(path, allow_pickle=False))
+    made = _before(tuned, images)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")  # two cells may make the same one at a time
+    with open(partial, "wb") as file:
+        np.save(file, made.numpy())
+    partial.replace(path)
+    return made.clone()
+
+
+def _key(tuned: Tuned, split: Split) -> str:
+    """16 hex digits for the content of trunk and images, and what else the result depends on."""
+    wants = tuned.settings["backbone"]
+    found = hashlib.sha256(provenance.digest(tuned.trunk.state_dict()).encode())
+    found.update(repr([wants[key] for key in ("library", "network", "version", "resolution", "mean", "std")]).encode())
+    found.update(f"{split.labels.device.type} {torch.__version__} {len(tuned.trunk)} {split.images.shape}".encode())
+    found.update(split.images.cpu().numpy().tobytes())
+    return found.hexdigest()[:16]
