@@ -30,7 +30,7 @@ from typing import Any
 from benchmarks.harness import ROOT
 
 sys.path.append(str(ROOT / "tests"))
-from small_cells import RECIPE, add_cell
+from small_cells import RECIPE, add_cell  # type: ignore[import-not-found]
 
 from longtail.tracking import runs as tracking
 from longtail.tracking.live import Live

@@ -299,9 +299,9 @@ def _complete(store: Store, root: Path, run: "Run", result: Result, tags: dict[s
         data = Dataset(result.cell.dataset, md5[:8], "local", json.dumps({"uri": path, "md5": md5}))
         context = InputTag("mlflow.data.context", "training")
         client.log_inputs(run_id, datasets=[DatasetInput(data, [context])])
-    for path in (root / result.cell.results / name for name in CELL_ARTIFACTS):
-        if path.is_file():
-            client.log_artifact(run_id, str(path))
+    for file in (root / result.cell.results / name for name in CELL_ARTIFACTS):
+        if file.is_file():
+            client.log_artifact(run_id, str(file))
     client.log_dict(run_id, result.params, "params.json")
     client.set_terminated(run_id, "FINISHED", end_time=max(result.ended_ms, run.info.start_time))
     key = {"longtail.state": "finished", "longtail.current": "yes", "longtail.key": result.key}
@@ -434,8 +434,8 @@ def track(root: str | Path, plans: Sequence[str] | None = None) -> None:
         server = "http://127.0.0.1:5000"
     if summary.pages:
         print("side by side, current runs with accuracy of all, few and ECE:")
-    for plan, page in summary.pages.items():
-        print(f"  {plan}: {server}{page}")
+    for plan, address in summary.pages.items():
+        print(f"  {plan}: {server}{address}")
 
 
 def _near(path: Path) -> str:
