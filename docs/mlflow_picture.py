@@ -83,7 +83,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     with mlflow_server(store) as mlflow, browser(WIDTH) as chromium:
         experiment, runs = compared(mlflow, args.plan, args.seed)
-        show(chromium, f"{mlflow}{view.address(experiment, args.plan)}&compareRunsMode=CHART", "matching run")
+        show(chromium, f"{mlflow}{view.address(experiment, args.plan)}", "matching run")
         time.sleep(5)
         for name in ("mlflow-runs.png", "mlflow-compare.png"):
             if name == "mlflow-compare.png":
