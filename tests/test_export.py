@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 
+import mlflow
 import numpy as np
 import onnxruntime
 import pytest
@@ -158,6 +159,15 @@ def test_a_registered_cell_is_served_with_the_pipeline_s_answers(root, monkeypat
     cell = export.Trained(root, "toy", NAME, "aligned_on_train")
     address = export.register(cell, root, name="toy", alias="champion")
     assert address == "models:/toy@champion"
+    store = mlflow.MlflowClient(uri)
+    version = store.get_model_version_by_alias("toy", "champion")
+    assert version.tags["longtail.cell"] == f"toy@{NAME}" and version.tags["longtail.correction"] == "aligned_on_train"
+    assert "correction: aligned_on_train" in version.description
+    with pytest.raises(ValueError, match=rf"toy@champion is version 1 \(toy@{NAME}\); --move gives 'champion' to"):
+        export.register(cell, root, name="toy", alias="champion")
+    assert len(store.search_model_versions("name='toy'")) == 1
+    export.register(cell, root, name="toy", alias="champion", move=True)
+    assert store.get_model_version_by_alias("toy", "champion").version == 2
     port = free_port()
     command = [
         sys.executable,

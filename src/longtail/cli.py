@@ -23,6 +23,8 @@ from longtail.workflow.locks import MAKERS, STAGES
 from longtail.workflow.pipeline import SHARED
 
 TIMES = "benchmarks/results/time_to_accuracy.csv"
+ASK = r'''ask:   curl -H 'Content-Type: application/json' localhost:5001/invocations \
+       -d "{\"dataframe_records\": [{\"image\": \"$(base64 -w0 FILE.png)\"}]}"'''
 SHORT_S = 60  # what took less says nothing when it is done
 
 
@@ -294,6 +296,7 @@ def arguments() -> argparse.ArgumentParser:
         else:
             one.add_argument("--name", default="longtail", help="of the registered model (default: longtail)")
             one.add_argument("--alias", default="champion", help="that points at this version (default: champion)")
+            one.add_argument("--move", action="store_true", help="take the alias from the version that has it")
     one = commands.add_parser(
         "adopt", help="record cells whose code changed and whose numbers did not as the new code's"
     )
@@ -445,9 +448,12 @@ def do_register(args: argparse.Namespace) -> None:
     from longtail.tracking import export, runs
 
     chosen = export.Trained(Path.cwd(), args.plan, args.cell, args.correction)
-    address = export.register(chosen, Path.cwd(), name=args.name, alias=args.alias)
+    address = export.register(chosen, Path.cwd(), name=args.name, alias=args.alias, move=args.move)
     uri, _ = runs.location(Path.cwd())
-    print(f"{address}\nMLFLOW_TRACKING_URI={uri} mlflow models serve -m {address} --env-manager local -p 5001")
+    print(address)
+    print(f"serve: MLFLOW_TRACKING_URI={runs.shown(uri)} mlflow models serve -m {address} --env-manager local -p 5001")
+    if chosen.deployed.input == "images":
+        print(ASK)
 
 
 COMMANDS = {

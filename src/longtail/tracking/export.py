@@ -102,6 +102,7 @@ class Trained:
         if correction != "none" and correction not in fitted:
             raise ValueError(f"{self.title}: no correction {correction!r}; there are none, {', '.join(sorted(fitted))}")
         given = posthoc.Affine().fit(np.zeros((1, len(self.classes))))
+        self.correction_name = correction
         self.correction = given if correction == "none" else posthoc.from_dict(fitted[correction])
         self.logits = self.correction.transform(predictions.product(saved["last_test_logits"]))
         dataset, backbone = cell.dataset, None
@@ -179,11 +180,16 @@ def _onnx(cell: Trained, path: Path) -> Callable[[np.ndarray], np.ndarray]:
     return lambda images: np.asarray(session.run([OUTPUTS[0]], {cell.deployed.input: images})[0])
 
 
-def register(cell: Trained, root: Path, *, name: str, alias: str) -> str:
-    """Put the cell into MLflow's model registry, with signature and input example; returns its address.
+def register(cell: Trained, root: Path, *, name: str, alias: str, move: bool = False) -> str:
+    """Put the cell into MLflow's model registry, with signature, input example and a card; returns its address.
 
     The store is that of `longtail track`. What is served reads image files (served.py), or rows of features where the
     cell's data set are somebody's own embeddings, and needs onnxruntime, numpy and Pillow, nothing of this project.
+
+    Args:
+        move: take the alias from the version that has it.
+
+    Raises ValueError where another version has the alias and it is not to be moved; nothing is written then.
     """
     uri, _ = runs.location(root)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -201,15 +207,23 @@ def register(cell: Trained, root: Path, *, name: str, alias: str) -> str:
         Schema([ColSpec(DataType.string, "class"), ColSpec(Map(DataType.double), "probabilities")]),
     )
     with runs.open_store(root) as store, tempfile.TemporaryDirectory() as folder:
+        if not move and (holder := _holder(store, name, alias)):
+            raise ValueError(f"{holder}; --move gives {alias!r} to {cell.title}, --alias takes another name")
         mlflow.set_tracking_uri(uri)
         network, about = Path(folder) / "network.onnx", Path(folder) / "about.json"
         export(cell, network)
         height, width, channels = cell.images.shape[1:]
         facts = {"classes": cell.classes, "height": height, "width": width, "channels": channels, "cell": cell.title}
         about.write_text(json.dumps(facts))
-        with mlflow.start_run(
-            run_name=f"register {cell.title}", experiment_id=store.experiment, tags={"longtail.kind": "model"}
+        with (
+            mlflow.start_run(
+                run_name=f"register {cell.title}", experiment_id=store.experiment, tags={"longtail.kind": "model"}
+            ),
+            warnings.catch_warnings(),
         ):
+            warnings.filterwarnings(
+                "ignore", message=".*[Tt]ype hint", category=UserWarning
+            )  # served.py needs no mlflow
             logged = mlflow.pyfunc.log_model(
                 name="model", python_model=str(SERVED), artifacts={"network": str(network), "about": str(about)},
                 signature=signature, input_example=pandas.DataFrame({takes: [given]}),
@@ -217,9 +231,34 @@ def register(cell: Trained, root: Path, *, name: str, alias: str) -> str:
                 metadata={"cell": cell.title, **_measures(cell)},
             )  # fmt: skip
         version = str(logged.registered_model_version)
+        facts = _card(cell, root)
+        for key, value in facts.items():
+            store.client.set_model_version_tag(name, version, f"longtail.{key}", value)
+        card = "\n".join(f"- {key}: {value}" for key, value in facts.items())
+        store.client.update_model_version(name, version, description=f"{cell.title}\n\n{card}")
         store.client.set_registered_model_alias(name, alias, version)
-        store.client.set_model_version_tag(name, version, "longtail.cell", cell.title)
     return f"models:/{name}@{alias}"
+
+
+def _holder(store: runs.Store, name: str, alias: str) -> str:
+    """Which version has the alias, in words; empty where none has."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        version = store.client.get_model_version_by_alias(name, alias)
+    except MlflowException:
+        return ""
+    return f"{name}@{alias} is version {version.version} ({version.tags.get('longtail.cell', 'of another program')})"
+
+
+def _card(cell: Trained, root: Path) -> dict[str, str]:
+    """What one wants to know of a model: where it comes from and what it reached on test."""
+    found = {"cell": cell.title, "correction": cell.correction_name, "classes": str(len(cell.classes))}
+    if accuracy := _measures(cell).get("accuracy"):
+        found["accuracy"] = f"{accuracy:.4f}"
+    if commit := runs.git(root, "rev-parse", "HEAD"):
+        found["commit"] = commit
+    return found
 
 
 def encoded(image: np.ndarray) -> bytes:
@@ -240,6 +279,8 @@ def _requirements() -> list[str]:
 
 
 def _measures(cell: Trained) -> dict[str, Any]:
-    """The cell's accuracy, where it has been evaluated."""
+    """The cell's test accuracy with its correction, where it has been evaluated."""
     path = cell.results / "metrics.json"
-    return {"accuracy": files.read_json(path)["last"]["raw"]["accuracy"]} if path.is_file() else {}
+    which = "raw" if cell.correction_name == "none" else cell.correction_name
+    found = files.read_json(path)["last"].get(which) if path.is_file() else None
+    return {"accuracy": found["accuracy"]} if found else {}

@@ -390,13 +390,14 @@ def _about(root: Path, lock: str) -> dict[str, str]:
         "longtail.lock.sha256": hashlib.sha256((root / lock).read_bytes()).hexdigest(),
         "longtail.tracked_with": ", ".join(map(" ".join, versions().items())),
     }
-    if commit := _git(root, "rev-parse", "HEAD"):
+    if commit := git(root, "rev-parse", "HEAD"):
         tags["mlflow.source.git.commit"] = commit
-        tags["mlflow.source.git.dirty"] = str(_git(root, "status", "--porcelain", "--", lock) != "")
+        tags["mlflow.source.git.dirty"] = str(git(root, "status", "--porcelain", "--", lock) != "")
     return tags
 
 
-def _git(root: Path, *words: str) -> str | None:
+def git(root: Path, *words: str) -> str | None:
+    """What a git command says; None where it fails, or there is no git."""
     with suppress(OSError, subprocess.SubprocessError):
         command = ["git", "-C", str(root), *words]
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
