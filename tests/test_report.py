@@ -234,6 +234,16 @@ def test_one_seed_has_no_deviation(cells):
     assert "settled for these networks, not for the methods." in second
 
 
+def test_a_lead_below_a_tenth_of_a_point_is_called_one(tmp_path):
+    for seed in PLAN["seeds"]:
+        for method in PLAN["methods"]:
+            make_cell(tmp_path / "toy_if10/plain" / method / str(seed), 0.5)
+    results = outcomes.read("toy", PLAN, tmp_path)
+    text = answers.headline(results, outcomes.rows(results, [])).text
+    assert "but its lead is below a tenth of a point, and over the next method, " in text
+    assert text.endswith("it is not settled.") and "0.0 points" not in text
+
+
 def test_only_the_plan_is_read(cells):
     make_cell(cells / "toy_if10/plain/dead/0", 0.99)
     (cells / "toy_if10/plain/dead/0/metrics.json").write_text("not even JSON")
@@ -440,7 +450,7 @@ def test_one_seed_never_claims_seeds_whatever_other_recipes_have(tmp_path):
     results, table, long, plain = two_recipes(tmp_path, 1)
     assert not differences.compared(results, long, plain).seeds
     whole = answers.headline(results, table)
-    assert whole.text.endswith("settled for these networks, with one seed not yet for the methods.")
+    assert whole.text.endswith("settled for these networks, not yet for the methods (one seed).")
     assert "over test images alone" in whole.more[0] and "and seeds" not in whole.text
 
 

@@ -105,7 +105,7 @@ def verdict(lead: differences.Difference) -> str:
     """Whether it is settled which is higher, in a word or two."""
     if not lead.settled:
         return "not settled"
-    return "settled" if lead.seeds else "settled for these networks, with one seed not yet for the methods"
+    return "settled" if lead.seeds else "settled for these networks, not yet for the methods (one seed)"
 
 
 def same_recipe(results: Results, first: Row, table: Sequence[Row]) -> str:
@@ -130,9 +130,10 @@ def same_recipe(results: Results, first: Row, table: Sequence[Row]) -> str:
 def to_do(results: Results, pair: Sequence[Row], lead: differences.Difference, again: str) -> str:
     """The command that brings one further: the seeds that are missing, more seeds, or the winner once more."""
     if not (lead.settled and lead.seeds):
-        if short := next((row for row in pair if row.n < row.planned), None):
-            only = f"{short.dataset}-{short.recipe}-{short.method}-*"
-            return f"To do: run the seeds that are missing, `longtail run {results.plan_name} --only '{only}'`."
+        if short := [row for row in pair if row.n < row.planned]:
+            patterns = dict.fromkeys(f"{row.dataset}-{row.recipe}-{row.method}-*" for row in short)
+            runs = " and ".join(f"`longtail run {results.plan_name} --only '{only}'`" for only in patterns)
+            return f"To do: run the seeds that are missing, {runs}."
         more = f"To do: more seeds would tell, `plans.{results.plan_name}.seeds` in params.yaml"
         return f"{more}; until then take the one that costs less." if not lead.settled else f"{more}."
     return f"To do: take it; `{again}` makes it again."
