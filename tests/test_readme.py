@@ -35,6 +35,7 @@ ELSEWHERE = {  # a command, and who runs it
     "longtail run incremental-quick": "tests/test_incremental.py::test_a_chain_leaves_its_steps_and_nothing_else",
     "longtail run incremental-cifar100 --jobs 2":
         "tests/test_incremental.py::test_two_processes_train_the_chain_of_one",
+    "longtail new FOLDER --tune": "tests/test_new.py::test_fine_tuning_is_a_plan_beside_the_frozen_one",
     "longtail new FOLDER": "tests/test_new.py::test_a_folder_becomes_a_plan",
     "longtail new TABLE --features FILE.npy": "tests/test_new.py::test_embeddings_need_no_image",
     "longtail run NAME --jobs 2": "tests/test_pipeline.py::test_cells_run_side_by_side_with_one_command",
@@ -55,7 +56,7 @@ ELSEWHERE = {  # a command, and who runs it
 
 def commands() -> set[str]:
     """The README's shell lines, without comments, and what it calls a command in a sentence or a table."""
-    blocks = re.findall(r"^```(?:bash)?\n(.*?)^```", README, flags=re.M | re.S)
+    blocks = re.findall(r"^```\w*\n(.*?)^```", README, flags=re.M | re.S)
     lines = [re.sub(r"\s+#.*", "", line).strip() for block in blocks for line in block.splitlines()]
     sentences = re.sub(r"^```.*?^```", "", README, flags=re.M | re.S)
     lines += re.findall(r"`((?:longtail|dvc|mlflow) [^`]+)`", sentences)
