@@ -58,7 +58,11 @@ ADDRESSES = {
 }
 DVC, LONGTAIL = [sys.executable, "-m", "dvc"], [sys.executable, "-m", "longtail.cli"]
 END_S = 5.0  # what was asked to stop is to be gone by then
-STOPPED = ("stopped; the same command goes on", "interrupted by the user")  # ours; DVC's, between two stages
+STOPPED = (
+    "stopped; the same command goes on",
+    "interrupted by the user",
+    "exited with -2",
+)  # the last: DVC's, of a stage that had not begun  # ours; DVC's, between two stages
 UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}")
 
 

@@ -2,17 +2,20 @@
 
 import ast
 import random
+import sys
 from pathlib import Path
 
 import pytest
-from benchmarks.fuzz import READERS, judge
+from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+sys.path.insert(0, str(ROOT))
+from benchmarks.fuzz import READERS, judge
 
 from longtail.data.sources.cifar.fetch import masked
 from longtail.report import document
 
-ROOT = Path(__file__).parents[1]
 EACH = 20  # damaged files of a reader, beside those below
 NEVER = [b"", b"\0", b"\xff\xfe", b"\x80\x04.", b"null", b"[[[", b"{", b"PK\x03\x04", b"PAR1PAR1", b"\x93NUMPY\x01\0"]
 

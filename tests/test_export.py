@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from conftest import ROOT
 
 from longtail import cli, networks
 from longtail.posthoc import predictions
@@ -30,6 +32,7 @@ CLASSES = ["cat", "dog", "emu"]
 def root(tmp_path_factory):
     """A repository with one finished cell: an untrained network of two experts, whose logits are what they are."""
     root = tmp_path_factory.mktemp("repository")
+    shutil.copyfile(ROOT / "params.yaml", root / "params.yaml")
     rng = np.random.default_rng(0)
     arrays = {"class_names": np.array(CLASSES)}
     for split in ("train", "held_out", "test"):
