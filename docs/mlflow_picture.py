@@ -1,10 +1,10 @@
-"""Take pictures of MLflow's pages for a plan: docs/mlflow-runs.png and docs/mlflow-compare.png.
+"""Take a picture of MLflow's page for a plan: docs/mlflow-runs.png.
 
     longtail track
     python docs/mlflow_picture.py --plan quick
 
 Starts `mlflow server` on the store of the current folder (MLFLOW_TRACKING_URI, else mlflow.db) and Chromium
-without a screen, and ends both (docs/browser.py says what it wants). Compares the current runs of one seed.
+without a screen, and ends both (docs/browser.py says what it wants).
 """
 
 import argparse
@@ -26,11 +26,6 @@ document.querySelector('[data-component-id="mlflow.assistant.chat_panel.close"]'
 # The first `Show diff only` is that of the parameters; the settings that all runs share fill pages.
 DIFFERENCES = """
 [...document.querySelectorAll('[role=switch], input[type=checkbox]')][0]?.click();
-"""
-# Where the metrics end, in pixels from the top of the page.
-END_OF_METRICS = """
-const heading = [...document.querySelectorAll('main *')].filter(one => one.innerText?.trim() === 'Artifacts').pop();
-return heading ? heading.getBoundingClientRect().top : 0;
 """
 
 
@@ -70,11 +65,11 @@ def show(chromium: Browser, url: str, text: str) -> None:
 
 
 def main() -> None:
-    """Read the flags, start the servers, take the pictures."""
+    """Read the flags, start the servers, take the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plan", default="quick")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of the pictures")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of the picture")
     args = parser.parse_args()
     own = Path("mlflow.db").resolve()
     store = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{own}"
@@ -82,17 +77,11 @@ def main() -> None:
         sys.exit("no mlflow.db here: `longtail track` first, in the repository's root")
     args.out.mkdir(parents=True, exist_ok=True)
     with mlflow_server(store) as mlflow, browser(WIDTH) as chromium:
-        experiment, runs = compared(mlflow, args.plan, args.seed)
+        experiment, _ = compared(mlflow, args.plan, args.seed)
         show(chromium, f"{mlflow}{view.address(experiment, args.plan)}", "matching run")
         time.sleep(5)
-        for name in ("mlflow-runs.png", "mlflow-compare.png"):
-            if name == "mlflow-compare.png":
-                compare(chromium, mlflow, experiment, runs)
-                chromium.size(WIDTH, 3000)  # all of it, to see where the metrics end
-                if end := chromium.run(END_OF_METRICS):
-                    chromium.size(WIDTH, int(end) - 10)
-            chromium.save(args.out / name)
-            print(args.out / name)
+        chromium.save(args.out / "mlflow-runs.png")
+        print(args.out / "mlflow-runs.png")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def test_inputs_are_many() -> None:
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(max_size=200))
 def test_any_bytes_are_read_or_named(name: str, tmp_path: Path, data: bytes) -> None:
-    judge(READERS[name], data, tmp_path)
+    assert judge(READERS[name], data, tmp_path) in ("read", "refused")  # anything else that it raises comes through
 
 
 def test_an_npy_header_that_is_half_a_line_is_named(tmp_path: Path) -> None:

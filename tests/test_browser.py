@@ -221,8 +221,15 @@ def test_mlflows_view_of_a_plan_has_method_seed_and_what_they_reached(chromium, 
     chromium.size(1500, 1000)
     chromium.open(f"{address}{view.address(experiment, 'quick')}", "matching run")
     wanted = {"accuracy/all", "accuracy/few", "ece", "method", "recipe", "seed", "balpoe", "8 matching runs"}
-    driver.wait(str(wanted), lambda: wanted <= {line.strip() for line in shown(chromium).splitlines()})
+    driver.wait(str(wanted), lambda: wanted <= lines(chromium))
     chromium.open(f"{address}{view.address(experiment, 'quick')}&compareRunsMode=CHART", "Test set, raw logits")
+    driver.wait("three bars", lambda: {"accuracy/all", "accuracy/few", "ece"} <= lines(chromium))
+    first, *_ = [line for line in shown(chromium).splitlines() if re.fullmatch(r".+ \(\d+\)", line.strip())]
+    assert first.strip() == "Test set, raw logits, last epoch (3)"  # before the sections that MLflow makes itself
+
+
+def lines(chromium) -> set[str]:
+    return {line.strip() for line in shown(chromium).splitlines()}
 
 
 def shown(chromium) -> str:
