@@ -92,6 +92,7 @@ def run(
         walk = Walk(cell, chain, images, recipe, training, device, kept, fingerprint)
         for step in chain.steps:
             walk.take(step)
+        processes.add_up(torch.zeros(1, device=device))  # wait: nobody reads any more what is removed below
         if processes.rank() == 0:
             write(walk, Path(model), history, fingerprint, device)
             shutil.rmtree(kept)
