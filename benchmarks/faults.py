@@ -12,6 +12,7 @@ results/faults_<name>.md. docs/reliability.md says what this promises.
 
 import argparse
 import hashlib
+import json
 import os
 import random
 import re
@@ -160,6 +161,31 @@ class Project:
             wrong.append(f"{record.relative_to(self.root)} names {running}")
         return wrong
 
+    def locks(self) -> dict[str, str]:
+        """{lock file: its text}."""
+        paths = self.root.glob("**/dvc.lock")
+        return {path.relative_to(self.root).as_posix(): path.read_text() for path in paths}
+
+    def mend(self, committed: Mapping[str, str]) -> list[str]:
+        """Do what docs/reliability.md says of files that plain DVC was writing when it was killed; which they were.
+
+        Args:
+            committed: the lock files as git has them.
+        """
+        mended = [name for name, text in self.locks().items() if not whole(text)]
+        for name in mended:
+            if name in committed:  # git checkout
+                (self.root / name).write_text(committed[name])
+            else:
+                (self.root / name).unlink()
+        record = self.root / ".dvc/tmp/rwlock"
+        try:
+            json.loads(record.read_text() if record.exists() else "{}")
+        except json.JSONDecodeError:
+            record.unlink()
+            mended.append(record.relative_to(self.root).as_posix())
+        return mended
+
     def forget(self, *addresses: str) -> None:
         """As if these stages had never run: no outs, no entry in a lock, nothing to restore them from."""
         shutil.rmtree(self.root / ".dvc/cache/runs", ignore_errors=True)
@@ -171,6 +197,18 @@ class Project:
                 target = self.root / out["path"]
                 shutil.rmtree(target) if target.is_dir() else target.unlink()
             path.write_text(yaml.safe_dump(lock, sort_keys=False))
+
+
+def whole(text: str) -> bool:
+    """Whether DVC can read a lock file of this text."""
+    from dvc.schema import COMPILED_LOCKFILE_SCHEMA
+    from voluptuous import Invalid
+
+    try:
+        COMPILED_LOCKFILE_SCHEMA(yaml.safe_load(text))
+    except (yaml.YAMLError, Invalid):
+        return False
+    return True
 
 
 def small(params: dict[str, Any], seeds: int, plans: Mapping[str, str]) -> dict[str, Any]:
@@ -264,6 +302,7 @@ class Outcome:
     Attributes:
         wrong: what was not as promised; empty when it was survived.
         end_s: seconds until nothing of it ran any more.
+        cut_off: files that plain DVC had half written, mended as docs/reliability.md says.
     """
 
     target: str
@@ -271,6 +310,7 @@ class Outcome:
     moment: float
     end_s: float
     wrong: list[str] = field(default_factory=list)
+    cut_off: list[str] = field(default_factory=list)
 
 
 class Bench:
@@ -291,12 +331,14 @@ class Bench:
         self.expected = Project(self.whole).tree()
         self.project = Project((place or folder) / "project")
         self.seconds: dict[str, float] = {}
+        self.locks: dict[str, str] = {}  # as git has them when a target begins
 
     def prepare(self, target: Target) -> None:
         """The undisturbed project, without what the target makes."""
         shutil.rmtree(self.project.root, ignore_errors=True)
         shutil.copytree(self.whole, self.project.root, symlinks=True)
         self.project.forget(*target.stages)
+        self.locks = self.project.locks()
 
     def begin(self, target: Target) -> subprocess.Popen[str]:
         """Start the command and wait until its first stage begins."""
@@ -340,6 +382,9 @@ class Bench:
         output = self._end(process, kind, outcome, sent)
         if kind.signal == signal.SIGINT and not any(word in output for word in STOPPED):
             outcome.wrong.append(f"no word of it: {output[-200:]}")
+        outcome.cut_off = self.project.mend(self.locks)
+        if outcome.cut_off and target.command[: len(DVC)] != tuple(DVC):
+            outcome.wrong.append(f"cut off: {', '.join(outcome.cut_off)}")
         again = self.project.start(target.command)
         said, _ = again.communicate()
         if again.returncode:
@@ -395,7 +440,8 @@ def crashes(
         while outcome is None:
             outcome = bench.interrupt(target, kind, draw.random())
         outcomes.append(outcome)
-        state = "; ".join(outcome.wrong) or "survived"
+        state = "; ".join(outcome.wrong) or f"survived{', mended: ' if outcome.cut_off else ''}"
+        state += ", ".join(outcome.cut_off)
         print(
             f"{len(outcomes)}: {target.name}, {kind.name} at {outcome.moment:.0%}, "
             f"gone after {outcome.end_s:.2f} s: {state}",
@@ -427,6 +473,10 @@ def write_crashes(outcomes: Sequence[Outcome], seed: int) -> None:
             [target, *(f"{sum(not one.wrong for one in cell)} / {len(cell)}" if cell else "" for cell in of_target)]
         )
     report.table(["interrupted", *kinds], rows)
+    mended = [one for one in outcomes if one.cut_off]
+    if mended:
+        report.say("Killed while plain DVC wrote a file in place, and mended as docs/reliability.md says:", "")
+        report.say(*(f"- {one.target}, {one.kind} at {one.moment:.0%}: {', '.join(one.cut_off)}" for one in mended), "")
     failed = [one for one in outcomes if one.wrong]
     if failed:
         report.say("Not survived:", "")

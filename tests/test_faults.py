@@ -74,6 +74,18 @@ def test_the_harness_sees_what_is_wrong(bench):
     assert bench.project.damaged() == [str(cached.relative_to(root))]
 
 
+def test_a_lock_that_plain_dvc_had_half_written_is_taken_from_git(bench):
+    target = faults.Target("check", (*faults.DVC, "repro", STAGES["check"]), (STAGES["check"],))
+    bench.prepare(target)
+    root, committed = bench.project.root, bench.locks
+    assert bench.project.mend(committed) == []
+    (root / "stages/dvc.lock").write_text("schema: '2.0'\nstages:\n  check:\n")
+    (root / ".dvc/tmp/rwlock").write_text('{"read": ')
+    assert bench.project.mend(committed) == ["stages/dvc.lock", ".dvc/tmp/rwlock"]
+    bench.project.run(target.command)
+    assert faults.difference(bench.project.tree(), bench.expected) == []
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="by /proc")
 @pytest.mark.parametrize("between", [[], ["/bin/sh", "-c"]], ids=["started by dvc", "a shell between"])
 def test_a_stage_ends_with_dvc(tmp_path, between):
