@@ -258,6 +258,16 @@ def test_a_cell_has_its_files_and_a_plan_its_view(root: Path) -> None:
     assert shown <= {*run.data.params, *run.data.metrics}
 
 
+def test_runs_of_a_plan_have_the_same_parameters_whenever_they_came(root: Path) -> None:
+    sync(root)
+    add_cell(root, "balpoe", accuracy=0.4, method_params={"taus": [0, 1], "mixup": 0.4})
+    sync(root)
+    found = {run.data.params["method"]: run.data.params for run in runs(root)}
+    assert found["balpoe"]["method.taus"] == "0, 1" and found["balpoe"]["method.tau"] == "-"
+    assert found["ce"]["method.taus"] == "-" and found["ce"]["method.mixup"] == "-" and found["ce"]["method.tau"] == "1"
+    assert found["ce"].keys() == found["gala"].keys() == found["balpoe"].keys()
+
+
 def test_relatives_of_aligning_are_shown_with_their_flag(root: Path) -> None:
     parts = {name: measures(0.4 + 0.1 * place) for place, name in enumerate(("raw", "aligned_on_train"))}
     parts |= {"logit_adjusted": measures(0.6), "rebalanced_on_test": measures(0.7)}

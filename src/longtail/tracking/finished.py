@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ RELATIVES = {  # accuracy alone; the name says what has to be held against it
     "rebalanced_on_test": "re-balanced: transductive",
 }
 CURVES = ("lr", "loss", "train_accuracy", "held_out_accuracy", "test_accuracy")
+WITHOUT = "-"  # the value of a parameter that other methods of the plan have
 MACHINE = ("device", "cpu", "gpu", "threads")
 MACHINE_METRICS = {"seconds": "training seconds", "images_per_s": "images per s", "memory_mib": "memory MiB"}
 
@@ -114,7 +115,15 @@ def results(root: Path, plans: Sequence[str] | None) -> tuple[list[Result], list
             notes.append(f"{cell.plan}: {cell.title}: {trouble}")
         else:
             found.append(_result(root, cell, entries, _data(stages, cell.dataset)))
-    return found, notes
+    return _alike(found), notes
+
+
+def _alike(found: Sequence[Result]) -> list[Result]:
+    """Every result of a plan with the parameters of all, so that none is `unknown` where MLflow compares them."""
+    names: dict[str, dict[str, str]] = {}
+    for one in found:
+        names.setdefault(one.cell.plan, {}).update(dict.fromkeys(one.params, WITHOUT))
+    return [replace(one, params=names[one.cell.plan] | one.params) for one in found]
 
 
 def _unfinished(cell: Cell, entries: Mapping[str, Mapping[str, Any]]) -> str:

@@ -266,6 +266,7 @@ def _upsert(
         if run.data.tags.get("longtail.key") == result.key:
             if run.data.tags.get("longtail.current") != "yes":  # back to what it was before
                 store.client.set_tag(run.info.run_id, "longtail.current", "yes")
+            _log_params(store.client, run, result)  # those of a method that joined the plan since
             return "unchanged", run.info.run_id
     keyless = [run for run in same if "longtail.key" not in run.data.tags]
     open_runs = [run for run in keyless if run.data.tags.get("longtail.training") == result.training]
@@ -284,15 +285,13 @@ def _upsert(
 
 def _complete(store: Store, root: Path, run: "Run", result: Result, tags: dict[str, str]) -> None:
     """Write what the run lacks of the result; the key goes last."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, RunTag
 
     client, run_id = store.client, run.info.run_id
     there = {(name, row.step) for name in run.data.metrics for row in client.get_metric_history(run_id, name)}
     rows = [Metric(*row) for row in result.rows() if (row[0], row[3]) not in there]
-    params = [Param(key, value) for key, value in result.params.items() if key not in run.data.params]
     log_rows(client, run_id, rows)
-    for start in range(0, len(params), 100):
-        client.log_batch(run_id, params=params[start : start + 100])
+    _log_params(client, run, result)
     client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
     if result.data is not None:
         path, md5 = result.data
@@ -306,6 +305,15 @@ def _complete(store: Store, root: Path, run: "Run", result: Result, tags: dict[s
     client.set_terminated(run_id, "FINISHED", end_time=max(result.ended_ms, run.info.start_time))
     key = {"longtail.state": "finished", "longtail.current": "yes", "longtail.key": result.key}
     client.log_batch(run_id, tags=[RunTag(name, value) for name, value in key.items()])
+
+
+def _log_params(client: "MlflowClient", run: "Run", result: Result) -> None:
+    """Write the parameters that a run has not."""
+    from mlflow.entities import Param
+
+    params = [Param(key, value) for key, value in result.params.items() if key not in run.data.params]
+    for start in range(0, len(params), 100):
+        client.log_batch(run.info.run_id, params=params[start : start + 100])
 
 
 def log_rows(client: "MlflowClient", run_id: str, rows: "Sequence[Metric]") -> None:
