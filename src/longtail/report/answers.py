@@ -83,7 +83,7 @@ def headline(results: Results, table: Sequence[Row]) -> Headline:
     seeds = seeds_text([first, second])
     if lead.settled:
         text = (
-            f"{entrant_name(first)} wins: {percent(first)} with recipe {first.recipe} ({seeds}), "
+            f"{entrant_name(first)} {wins(results, first.dataset)}: {percent(first)} with recipe {first.recipe} ({seeds}), "
             f"{100 * lead.value:.1f} points above the next method, {other}: {verdict(lead)}."
         )
     else:
@@ -99,6 +99,12 @@ def headline(results: Results, table: Sequence[Row]) -> Headline:
     )
     more = interval if second.recipe == first.recipe else f"{interval} {same_recipe(results, first, table)}"
     return Headline(text, (more, to_do(results, [first, second], lead, again)))
+
+
+def wins(results: Results, dataset: str) -> str:
+    """`wins`; while runs of the data set are missing, how many are in."""
+    done, missing = (sum(cell.dataset == dataset for cell in cells) for cells in (results.cells, results.missing))
+    return f"is ahead with {done} of {done + missing} runs in" if missing else "wins"
 
 
 def verdict(lead: differences.Difference) -> str:

@@ -4,7 +4,7 @@ Percent and points are in text only; the numbers behind it, and what they mean, 
 Everything of a data set is computed once, as `Found`; each `..._part` below makes of it a part of the page.
 """
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -277,7 +277,19 @@ def first_table(it: Found) -> Table | None:
         note.append("One seed says nothing of other trainings.")
     if any(row.published for group in groups for row in group):
         note.append("What to hold against the published values is said below.")
+    note.append(lengths(it, recipes))
     return Table("Methods and recipes", ["Method", *recipes], lines, 1, " ".join(text for text in note if text))
+
+
+def lengths(it: Found, recipes: Iterable[str]) -> str:
+    """How many epochs each recipe trains, as the histories have it."""
+    trained = it.plan.get("trained", it.plan["methods"])  # others have the history of what they start from
+    epochs: dict[str, int] = {}
+    for cell, outcome in it.results.cells.items():
+        if cell.dataset == it.dataset and cell.method in trained:
+            epochs[cell.recipe] = max(epochs.get(cell.recipe, 0), len(outcome.history))
+    known = [f"{recipe} {epochs[recipe]}" for recipe in recipes if recipe in epochs]
+    return f"Epochs: {', '.join(known)}; the rest of a recipe is in params.yaml, `recipes`." if known else ""
 
 
 def by_accuracy(it: Found) -> list[str]:
