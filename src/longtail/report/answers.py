@@ -83,8 +83,8 @@ def headline(results: Results, table: Sequence[Row]) -> Headline:
     seeds = seeds_text([first, second])
     if lead.settled:
         text = (
-            f"{entrant_name(first)} {wins(results, first.dataset)}: {percent(first)} with recipe {first.recipe} ({seeds}), "
-            f"{100 * lead.value:.1f} points above the next method, {other}: {verdict(lead)}."
+            f"{entrant_name(first)} {wins(results, first.dataset)}: {percent(first)} with recipe {first.recipe} "
+            f"({seeds}), {100 * lead.value:.1f} points above the next method, {other}: {verdict(lead)}."
         )
     else:
         above = f"{100 * lead.value:.1f} points above the next method, {other}, are"
