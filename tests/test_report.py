@@ -135,6 +135,17 @@ def page_of(results, published):
     return document.html(report.build(results, published))
 
 
+def test_a_page_runs_nothing_that_its_inputs_say(cells, tmp_path):
+    hostile = "<img src=x onerror=alert(1)><script>alert(2)</script>"
+    for path in cells.rglob("classes.csv"):
+        path.write_text(path.read_text().replace("cat", hostile))
+    known = write_published(tmp_path, quoted(value=0.60, source=hostile, note=hostile))
+    html = page_of(outcomes.read("toy", PLAN, cells), outcomes.read_published(known))
+    assert "&lt;script&gt;" in html and "<script" not in html and "<img src=x" not in html
+    with pytest.raises(ValueError, match="url"):
+        outcomes.read_published(write_published(tmp_path, quoted(value=0.60, url="javascript:alert(1)")))
+
+
 def written(cells, published, out, plan=PLAN):
     report.write("toy", plan, cells_dir=cells, published=published, out_dir=out)
     return {path.name: path.read_bytes() for path in sorted(out.iterdir())}

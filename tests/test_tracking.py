@@ -442,12 +442,15 @@ def test_a_copied_checkout_does_not_write_into_the_original(
 
 def test_no_password_is_printed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    for uri in ("http://me:sesame@127.0.0.1:9", "postgresql://me:sesame@127.0.0.1:9/runs"):
+    for uri in (
+        "http://me:sesame@127.0.0.1:9", "postgresql://me:sesame@127.0.0.1:9/runs", "http://127.0.0.1:9/?token=sesame",
+    ):  # fmt: skip
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         with pytest.raises((TrackingError, ImportError)) as caught:
             sync(root)
         assert "sesame" not in str(caught.value)
     assert tracking.shown("http://me:a/b@host/x") == "http://me:a/b@host/x"  # no URI has a slash in a password
+    assert tracking.shown("http://host:5000/?token=sesame") == "http://host:5000/?***"
     assert tracking.shown("sqlite:///mlflow.db") == "sqlite:///mlflow.db"
 
 

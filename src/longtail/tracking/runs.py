@@ -165,14 +165,15 @@ def _check_experiment(experiment: "Experiment", uri: str, database: Path | None)
 
 
 def shown(uri: str) -> str:
-    """A tracking URI without the password that may be in it."""
-    return re.sub(r"(?<=://)([^/@:]*):[^/]*@", r"\1:***@", uri)
+    """A tracking URI without the password that may be in it, and without what follows its question mark."""
+    return re.sub(r"\?.+", "?***", re.sub(r"(?<=://)([^/@:]*):[^/]*@", r"\1:***@", uri))
 
 
 def _hidden(text: str, uri: str) -> str:
-    """What MLflow says, without the password of the URI."""
-    found = re.search(r"(?<=://)[^/@:]*:([^/]*)@", uri)
-    return text.replace(found[1], "***") if found and found[1] else text
+    """What MLflow says, without the password and the query of the URI."""
+    for found in (re.search(r"(?<=://)[^/@:]*:([^/]*)@", uri), re.search(r"\?(.+)", uri)):
+        text = text.replace(found[1], "***") if found and found[1] else text
+    return text
 
 
 def _plan_run(store: Store, runs: "Iterable[Run]", plan: str) -> "Run":
