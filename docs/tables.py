@@ -37,9 +37,16 @@ def by_correction(table: str) -> str:
     return "".join(f"| {' | '.join(row[place] for place in places)} |\n" for row in rows)
 
 
+def trainings(table: str) -> str:
+    """The table of trainings and read-outs of the only setting, and how to read it."""
+    blocks = table.split("\n## ")[1].split("\n### ")[0].strip().split("\n\n")
+    return "\n\n".join(block for block in blocks[1:] if not block.startswith("**")) + "\n"
+
+
 COPIES: dict[str, tuple[str, Callable[[str], str]]] = {
     "README.md": ("results/paper-cifar100/table.md", answer),
     "docs/posthoc.md": ("results/posthoc-digits/table.md", by_correction),
+    "docs/incremental.md": ("results/incremental-cifar100/table.md", trainings),
     "docs/methods.md": ("results/methods/table.md", method_and_recipe),
 }
 

@@ -185,7 +185,7 @@ def document(results: Results, table: Sequence[Row], published: Sequence[Publish
     if hours := [cost["minutes"] / 60 for cost in results.cost.values()]:
         some = "" if len(hours) == done else f" for {len(hours)} of them"
         under += f", {sum(hours):.1f} hours of training{some}"
-    under += f"; `longtail status {results.plan_name}` says of which commit."
+    under += f"; `longtail status {results.plan_name}` names their commit."
     everything = found(results, table, beside(results.plan, published))
     return Document(f"Results of plan {results.plan_name}", under, [section(one) for one in everything])
 
@@ -335,7 +335,7 @@ def corrections_part(it: Found) -> Part | None:
         lines.append(line)
     header = ["Method", "Recipe", *("as it is" if key == RAW else CORRECTIONS[key] for key in used)]
     low, high = points(min(gains[ON_TRAIN])), points(max(gains[ON_TRAIN]))
-    says = f"Aligned on train, accuracies change by {low} to {high} points; "
+    says = f"Energy aligning, fitted on the training images, changes accuracies by {low} to {high} points; "
     if best is first:
         says += f"no correction takes the highest accuracy above {percent(first)}."
     else:
@@ -384,7 +384,10 @@ def shift_part(it: Found) -> Part | None:
             values = [f"{100 * mine[place].mean:.1f} %" for place in (0, -1)]  # type: ignore[operator]  # not None
             said.append(f"{method_name(method)} has {values[0]} on {mine[0].distribution} and {values[1]} on "
                         f"{mine[-1].distribution}")  # fmt: skip
-    says = f"Where the test images have a long tail of their own (recipe {recipe}): {'; '.join(said)}."
+    says = (
+        "Where the test images have a long tail of their own, that of training (forward) or its reverse (backward; "
+        f"recipe {recipe}): {'; '.join(said)}."
+    )
     table = Table("Other test distributions", shift.header, shift.lines, 3, under_shift.READING)
     drawn = under_shift.figures([row for row in it.shifted if row.method in it.leading], it.style)
     return Part("Other test distributions", says, [table], those(it, drawn))
