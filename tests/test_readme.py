@@ -110,3 +110,16 @@ def run(command: str, folder: Path) -> str:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def test_the_hashed_requirements_are_the_constraints():
+    def named(name: str) -> dict[str, str]:
+        lines = [line for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
+        pairs = (line.split(" --hash=sha256:")[0].split("==") for line in lines)
+        return {re.sub(r"[-_.]+", "-", package).lower(): version for package, version in pairs}
+
+    hashed = named("requirements-hashed.txt")
+    assert hashed.pop("setuptools")  # pip freeze leaves it out
+    assert hashed == named("constraints.txt")
+    lines = (ROOT / "requirements-hashed.txt").read_text().splitlines()
+    assert all(re.fullmatch(r"\S+==\S+ --hash=sha256:[0-9a-f]{64}", line) for line in lines if not line.startswith("#"))
