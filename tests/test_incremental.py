@@ -332,6 +332,9 @@ def test_a_chain_that_is_killed_again_and_again_ends_with_the_same_bytes(chain, 
     assert not [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
 
 
+WIDER = small_chain.FIRST["network"] | {"width": 8}  # preactivation wants that
+
+
 @pytest.mark.slow
 def test_two_processes_train_the_chain_of_one(chain, tmp_path):
     # 'fresh' rows and sums in another order round otherwise: the same to rounding, after so few steps
@@ -359,15 +362,9 @@ def test_two_processes_train_the_chain_of_one(chain, tmp_path):
         {"training": {"loss": "balpoe", "arguments": {"taus": [0.0, 2.0]}, "teacher": "bias_layer"}},
         {"training": {key: PARAMS["incremental"]["trainings"]["gala"][key] for key in ("loss", "arguments")}},
         {"training": {"teacher": "weight_aligning", "start": "teacher"}},
-        pytest.param(
-            {"recipe": {"body": "preactivation", "bias": False, "new_head": "fresh", "positive_weights": True,
-                        "weight_decay_by_step": True},
-             "training": {"teacher": "weight_aligning_released"}, "protocol": {"selection": "herding_released"}},
-            marks=pytest.mark.skipif(
-                torch.backends.cpu.get_cpu_capability() == "AVX2",
-                reason="PyTorch 2.14.1's oneDNN writes beyond its memory there, whatever our kernels do (NOTES.md)",
-            ),
-        ),
+        {"recipe": {"body": "preactivation", "bias": False, "new_head": "fresh", "positive_weights": True,
+                    "weight_decay_by_step": True, "first": small_chain.FIRST | {"network": WIDER}},
+         "training": {"teacher": "weight_aligning_released"}, "protocol": {"selection": "herding_released"}},
         {"training": {"replay": False, "distillation": "none"}, "protocol": {"memory": 0, "held_out": 0}},
     ],
 )  # fmt: skip
@@ -672,6 +669,7 @@ def test_cells_are_found_by_their_names():
         ({"trainings": {"replay": {"distillation": "sigmoid"}}}, "goes with loss: bce"),
         ({"trainings": {"replay": {"teacher": "bias_layer"}}}, "no effect without distillation"),
         ({"recipes": {"digits": {"first": {"weight_average": 0.9}}}}, "weight_average must be 0"),
+        ({"recipes": {"digits": {"first": {"network": {"width": 4}}, "body": "preactivation"}}}, "width: 4; with body"),
         ({"readouts": {"energy_aligning": {"reading": "none"}}}, "reading"),
     ],
 )

@@ -481,6 +481,8 @@ class IncrementalRecipe(Block):
             raise ValueError("first.weight_average must be 0: a step goes on from the network itself")
         if self.first.network.head == "cosine" and not self.bias:
             raise ValueError("bias: false is of a linear head; a cosine head has none")
+        if self.body == "preactivation" and self.first.network.width < 8:  # oneDNN writes beyond its memory (NOTES.md)
+            raise ValueError(f"first.network.width: {self.first.network.width}; with body: preactivation at least 8")
         if self.later is not None:
             late = [step for step in self.later.schedule.milestones if step >= self.later.epochs]
             if self.later.schedule.warmup_epochs >= self.later.epochs or late:
