@@ -64,6 +64,7 @@ STOPPED = (
     "interrupted by the user",
     "exited with -2",
 )  # the last: DVC's, of a stage that had not begun  # ours; DVC's, between two stages
+OF_DVC = re.compile(r"\.[A-Za-z0-9_-]{22}\.tmp")  # dvc_objects.fs.utils.tmp_fname: beside a file that it links
 UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}")
 
 
@@ -184,6 +185,10 @@ class Project:
         except json.JSONDecodeError:
             record.unlink()
             mended.append(record.relative_to(self.root).as_posix())
+        for path in self.root.rglob("*.tmp"):
+            if OF_DVC.fullmatch(path.name):
+                path.unlink()
+                mended.append(path.relative_to(self.root).as_posix())
         return mended
 
     def forget(self, *addresses: str) -> None:
@@ -380,11 +385,12 @@ class Bench:
         sent = time.monotonic()
         outcome = Outcome(target.name, kind.name, moment, 0.0)
         output = self._end(process, kind, outcome, sent)
-        if kind.signal == signal.SIGINT and not any(word in output for word in STOPPED):
+        if kind.signal == signal.SIGINT and process.returncode and not any(word in output for word in STOPPED):
             outcome.wrong.append(f"no word of it: {output[-200:]}")
         outcome.cut_off = self.project.mend(self.locks)
-        if outcome.cut_off and target.command[: len(DVC)] != tuple(DVC):
-            outcome.wrong.append(f"cut off: {', '.join(outcome.cut_off)}")
+        unreadable = [name for name in outcome.cut_off if not OF_DVC.fullmatch(Path(name).name)]
+        if unreadable and target.command[: len(DVC)] != tuple(DVC):
+            outcome.wrong.append(f"cut off: {', '.join(unreadable)}")
         again = self.project.start(target.command)
         said, _ = again.communicate()
         if again.returncode:

@@ -74,14 +74,16 @@ def test_the_harness_sees_what_is_wrong(bench):
     assert bench.project.damaged() == [str(cached.relative_to(root))]
 
 
-def test_a_lock_that_plain_dvc_had_half_written_is_taken_from_git(bench):
+def test_what_plain_dvc_had_half_written_is_mended(bench):
     target = faults.Target("check", (*faults.DVC, "repro", STAGES["check"]), (STAGES["check"],))
     bench.prepare(target)
     root, committed = bench.project.root, bench.locks
     assert bench.project.mend(committed) == []
     (root / "stages/dvc.lock").write_text("schema: '2.0'\nstages:\n  check:\n")
     (root / ".dvc/tmp/rwlock").write_text('{"read": ')
-    assert bench.project.mend(committed) == ["stages/dvc.lock", ".dvc/tmp/rwlock"]
+    left = "data/raw/.mlqNSOPZGmpSQFqaSqLW5w.tmp"
+    (root / left).touch()
+    assert bench.project.mend(committed) == ["stages/dvc.lock", ".dvc/tmp/rwlock", left]
     bench.project.run(target.command)
     assert faults.difference(bench.project.tree(), bench.expected) == []
 
