@@ -60,10 +60,11 @@ ADDRESSES = {
 DVC, LONGTAIL = [sys.executable, "-m", "dvc"], [sys.executable, "-m", "longtail.cli"]
 END_S = 5.0  # what was asked to stop is to be gone by then
 STOPPED = (
-    "stopped; the same command goes on",
-    "interrupted by the user",
-    "exited with -2",
-)  # the last: DVC's, of a stage that had not begun  # ours; DVC's, between two stages
+    "stopped; the same command goes on",  # ours
+    "interrupted by the user",  # DVC's, between two stages
+    "exited with -2",  # DVC's, of a stage that had not begun
+    "Use `dvc push`",  # DVC's last words: it had done all
+)
 OF_DVC = re.compile(r"\.[A-Za-z0-9_-]{22}\.tmp")  # dvc_objects.fs.utils.tmp_fname: beside a file that it links
 UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}")
 
