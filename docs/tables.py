@@ -40,7 +40,7 @@ def by_correction(table: str) -> str:
 def trainings(table: str) -> str:
     """The table of trainings and read-outs of the only setting, and how to read it."""
     blocks = table.split("\n## ")[1].split("\n### ")[0].strip().split("\n\n")
-    return "\n\n".join(block for block in blocks[1:] if not block.startswith("**")) + "\n"
+    return "\n\n".join([*(block for block in blocks if block.startswith("|")), blocks[-1]]) + "\n"
 
 
 COPIES: dict[str, tuple[str, Callable[[str], str]]] = {
