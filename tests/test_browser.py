@@ -223,12 +223,14 @@ def test_mlflows_view_of_a_plan_has_method_seed_and_what_they_reached(chromium, 
     mlflow_picture.show(chromium, f"{address}{view.address(experiment, 'quick')}", "matching run")
     wanted = {"accuracy/all", "accuracy/few", "ece", "method", "recipe", "seed", "balpoe", "8 matching runs"}
     driver.wait(str(wanted), lambda: wanted <= lines(chromium))
+    assert wanted <= lines(chromium)
     mlflow_picture.show(
         chromium, f"{address}{view.address(experiment, 'quick')}&compareRunsMode=CHART", "Test set, raw logits"
     )
     driver.wait("three bars", lambda: {"accuracy/all", "accuracy/few", "ece"} <= lines(chromium))
     ours = "Test set, raw logits, last epoch (3)"  # before the sections that MLflow makes itself
     driver.wait(ours, lambda: sections(chromium)[:1] == [ours])
+    assert sections(chromium)[0] == ours
 
 
 def sections(chromium) -> list[str]:
