@@ -1,11 +1,12 @@
 """Fuzzing of what reads files from outside: `python -m benchmarks.fuzz READER --minutes 10` (pip install atheris).
 
-Every reader gives a result or raises ValueError or OSError that names the file. Anything else is a finding: its bytes
-are kept in `--findings`, and the next run starts with them. The suite tries the same readers with hypothesis
-(tests/test_bad_inputs.py), for seconds in place of minutes.
+Every reader gives a result or raises ValueError or OSError that names the file. Anything else is a finding, and so is
+more than 4 GB or 30 s for one file: its bytes are kept in `--findings`, and the next run starts with them. The suite
+tries the same readers with hypothesis (tests/test_bad_inputs.py), for seconds in place of minutes.
 """
 
 import argparse
+import gzip
 import io
 import json
 import os
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from longtail import correct
 from longtail.data import decode, listing
@@ -37,11 +39,15 @@ class FindingError(AssertionError):
 
 @dataclass(frozen=True)
 class Reader:
-    """What reads a file, its suffix, and files that are right, to start from."""
+    """What reads a file, its suffix, and files that are right, to start from.
+
+    `packed` makes the file of the bytes that are changed: in a compressed file, no change would pass its checksum.
+    """
 
     suffix: str
     read: Callable[[Path], Any]
     seeds: tuple[bytes, ...]
+    packed: Callable[[bytes], bytes] = bytes
 
 
 def opened(path: Path) -> None:
@@ -66,8 +72,8 @@ def image(path: Path) -> None:
 
 
 def archive(path: Path) -> None:
-    """CIFAR-10's archive of pickles."""
-    cifar._read_archive(path, cifar.LAYOUTS["cifar10"])
+    """CIFAR-100's archive of pickles."""
+    cifar._read_archive(path, CIFAR100)
 
 
 def mirror(path: Path) -> None:
@@ -100,27 +106,68 @@ def _parquet(columns: dict[str, Any]) -> bytes:
     return file.getvalue()
 
 
-def _picture(kind: str) -> bytes:
+def _picture(kind: str, size: int = 8) -> bytes:
     from PIL import Image
 
     file = io.BytesIO()
-    Image.new("RGB", (8, 8), (9, 99, 199)).save(file, kind)
+    Image.new("RGB", (size, size), (9, 99, 199)).save(file, kind)
     return file.getvalue()
 
 
-def _tar() -> bytes:
+def _mirrored() -> bytes:
+    return _parquet({"img": [{"bytes": _picture("PNG", cifar.SIZE), "path": "a.png"}], "label": [1]})
+
+
+def _batch() -> bytes:
+    """The pickle of one image, its opcodes as the official archive has them."""
+    pixels = bytes(range(256)) * 12
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85U\x01b\x87R(K\x01K\x01M\0\x0c\x86"
+        b"cnumpy\ndtype\nU\x02u1K\0K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0tb"
+        b"\x89T" + len(pixels).to_bytes(4, "little") + pixels + b"tb"
+    )
+    return b"\x80\x02}(U\x04data" + array + b"U\x0bfine_labels](K\x05eU\x09filenames](U\x05a.pngeu."
+
+
+def _meta() -> bytes:
+    names = b"".join(b"U\x02" + f"{number:02}".encode() for number in range(CIFAR100.num_classes))
+    return b"\x80\x02}U\x10fine_label_names](" + names + b"es."
+
+
+def _tar(train: bytes) -> bytes:
     file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w:gz", compresslevel=0) as made:
-        for name in cifar.LAYOUTS["cifar10"].members["train"]:
-            data = b"\x80\x02}q\x00U\x04dataq\x01K\x01s."
-            member = tarfile.TarInfo(name)
+    with tarfile.open(fileobj=file, mode="w") as made:
+        for part, data in {"train": train, "test": _batch(), "names": _meta()}.items():
+            member = tarfile.TarInfo(CIFAR100.members[part][0])
             member.size = len(data)
             made.addfile(member, io.BytesIO(data))
     return file.getvalue()
 
 
+def _gzip(data: bytes) -> bytes:
+    return gzip.compress(data, compresslevel=0, mtime=0)
+
+
+def _params() -> bytes:
+    """Of the repository's params.yaml what a plan of one cell needs."""
+    whole = yaml.safe_load(Path(__file__).resolve().parent.with_name("params.yaml").read_text(encoding="utf-8"))
+    plan = {"datasets": ["digits_if20"], "recipes": ["digits"], "methods": ["ce"], "seeds": [0]}
+    kept = {
+        "sources": ["digits", "cifar100"],
+        "datasets": ["digits_if20", "cifar100_ldam_if100"],
+        "backbones": ["efficientnet_lite0"],
+        "features": ["cifar100_ldam_if100_lite0"],
+        "recipes": ["digits"],
+        "methods": ["ce"],
+    }
+    made = {"plans": {"tiny": plan}}
+    made |= {section: {name: whole[section][name] for name in names} for section, names in kept.items()}
+    made |= {section: whole[section] for section in ("align", "evaluate", "fisher")}
+    return yaml.safe_dump(made).encode()
+
+
+CIFAR100 = cifar.LAYOUTS["cifar100"]
 SHIFT = {"scale": 1.0, "shift": [0.0, 1.0, -1.0], "fitted_on": "train", "flags": []}
-PARAMS = b"plans:\n  tiny:\n    datasets: [a]\n    seeds: [0]\nmethods: {ce: {loss: ce}}\n"
 
 READERS: dict[str, Reader] = {
     "npy": Reader(".npy", opened, (_npy(np.eye(3, dtype=np.float32)), _npy(np.arange(3)))),
@@ -128,20 +175,21 @@ READERS: dict[str, Reader] = {
     "csv": Reader(".csv", opened, (b"cat,dog\n1.5,-2\n3,4e-2\n", b'"1","2"\n"3",\n')),
     "parquet": Reader(".parquet", opened, (_parquet({"a": [1.0], "b": [3.0]}), _parquet({"l": [[1.0, 2.0]]}))),
     "shift": Reader(".json", lambda path: correct._read(str(path)), (json.dumps(SHIFT).encode(),)),
-    "params": Reader(".yaml", params.load, (PARAMS,)),
+    "params": Reader(".yaml", params.load, (_params(),)),
     "listing": Reader(".csv", listing.read, (b"path,label,split\na.png,cat,train\nb.png,dog,test\n",)),
     "features": Reader(".npy", features, (_npy(np.ones((2, 3), np.float32)),)),
     "arrays": Reader(".npz", files.load_arrays, (_zip(zipfile.ZIP_STORED),)),
     "image": Reader(".png", image, (_picture("PNG"), _picture("JPEG"), _picture("GIF"), _picture("BMP"))),
-    "archive": Reader(".tar.gz", archive, (_tar(),)),
-    "mirror": Reader(".parquet", mirror, (_parquet({"img": [{"bytes": _picture("PNG"), "path": "a"}], "label": [1]}),)),
+    "archive": Reader(".tar.gz", archive, (_tar(_batch()),), packed=_gzip),
+    "pickle": Reader(".tar.gz", archive, (_batch(),), packed=lambda data: _gzip(_tar(data))),
+    "mirror": Reader(".parquet", mirror, (_mirrored(),)),
 }  # fmt: skip
 
 
 def judge(reader: Reader, data: bytes, folder: Path) -> str:
     """`read`, or `refused` with a message that names the file. Raises FindingError for anything else."""
     path = folder / f"input{reader.suffix}"
-    path.write_bytes(data)
+    path.write_bytes(reader.packed(data))
     try:
         reader.read(path)
     except EXPECTED as error:
@@ -156,7 +204,7 @@ def judge(reader: Reader, data: bytes, folder: Path) -> str:
 def functions() -> Iterator[types.FunctionType]:
     """What libFuzzer is to see the branches of: ours, and the archives' readers of the standard library."""
     for name, module in list(sys.modules.items()):
-        if name.startswith("longtail.") or name in ("tarfile", "zipfile"):
+        if name.startswith("longtail.") or name in ("pickle", "tarfile", "zipfile"):
             for value in list(vars(module).values()):
                 members = vars(value).values() if isinstance(value, type) else [value]
                 yield from (one for one in members if isinstance(one, types.FunctionType) and one.__module__ == name)
@@ -201,7 +249,16 @@ def main() -> None:
         for function in functions():
             atheris.instrument_func(function)
         atheris.Setup(
-            [sys.argv[0], str(corpus), "-timeout=30", "-rss_limit_mb=4096", "-max_len=65536", "-verbosity=0"], one
+            [
+                sys.argv[0],
+                str(corpus),
+                "-timeout=30",
+                "-rss_limit_mb=4096",
+                "-max_len=65536",
+                "-verbosity=0",
+                f"-artifact_prefix={kept}/",
+            ],
+            one,
         )
         atheris.Fuzz()
 

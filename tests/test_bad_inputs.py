@@ -40,6 +40,12 @@ def test_a_damaged_file_is_read_or_named(name: str, tmp_path: Path) -> None:
     assert outcomes.count("refused") >= len(NEVER) - 2  # `null` and zeros may be something somewhere
 
 
+@pytest.mark.parametrize("name", READERS)
+def test_what_is_damaged_was_whole(name: str, tmp_path: Path) -> None:
+    """So that damage is met at every depth of a reader, not only at its door."""
+    assert {judge(READERS[name], data, tmp_path) for data in READERS[name].seeds} == {"read"}
+
+
 def test_inputs_are_many() -> None:
     assert sum(len(set(damaged(name))) for name in READERS) >= 150
 

@@ -832,8 +832,9 @@ def test_code_in_a_pickle_is_refused_and_does_not_run(tmp_path: Path, name: str)
         b"\x80\x02]q\x01.",
         b"\x80\x02Pid\n.",
         b"\x82\x01.",
+        b"\x80\x02}r\n\0yK.",  # found by fuzzing: 18 bytes that took 20 GB
     ],
-    ids=["empty", "no end", "no stop", "garbage", "a list", "persistent id", "extension"],
+    ids=["empty", "no end", "no stop", "garbage", "a list", "persistent id", "extension", "memory"],
 )
 def test_broken_pickles_are_named(tmp_path: Path, data: bytes) -> None:
     with pytest.raises(ValueError, match=f"{BATCH}: its pickle (is refused|holds no dictionary)"):

@@ -14,6 +14,7 @@ import io
 import json
 import os
 import pickle
+import pickletools
 import posixpath
 import tarfile
 import zlib
@@ -389,12 +390,20 @@ class _Unpickler(pickle.Unpickler):
 def _unpickle(data: bytes, where: str) -> dict[Any, Any]:
     """The dictionary in a pickle of Python 2, its text as bytes."""
     try:
+        _check_memo(data)
         value = _Unpickler(io.BytesIO(data), encoding="bytes").load()
     except Exception as error:  # a broken pickle raises whatever its broken instruction hits
         raise ValueError(f"{where}: its pickle is refused: {error!r}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{where}: its pickle holds no dictionary but {type(value).__name__}")
     return value
+
+
+def _check_memo(data: bytes) -> None:
+    """Raise ValueError where values are remembered by numbers out of turn: Python makes room for all numbers below."""
+    for step, (opcode, number, _) in enumerate(pickletools.genops(data)):
+        if opcode.name.endswith("PUT") and number is not None and int(number) > step:
+            raise ValueError(f"step {step} of it remembers a value as number {number}")
 
 
 def _array(value: Any, where: str) -> np.ndarray:
