@@ -26,7 +26,10 @@ import yaml
 
 from longtail import correct
 from longtail.data import decode, listing
+from longtail.data.large import lists
+from longtail.data.large.store import Store
 from longtail.data.sources import cifar, embeddings
+from longtail.networks import backbones
 from longtail.posthoc import tables
 from longtail.workflow import files, params
 
@@ -63,12 +66,39 @@ def features(path: Path) -> None:
     embeddings.look(labels, path)
 
 
+def labels(path: Path) -> None:
+    """Labels beside logits of three samples."""
+    with tables.opened(path) as values:
+        correct._check("logits", np.diag(np.asarray([-1, 2, 3], np.float32)), str(path), values)
+
+
 def image(path: Path) -> None:
     """An image file as eight-bit colour."""
     try:
         decode.decode(path.read_bytes(), size=8, channels=3, fit="pad", exif_orientation=True)
     except decode.BrokenError as error:  # the caller names the file
         raise ValueError(f"{path}: {error}") from error
+
+
+def large_list(path: Path) -> None:
+    """A list of ImageNet-LT's form."""
+    lists.parse(path.read_bytes(), str(path))
+
+
+def annotations(path: Path) -> None:
+    """iNaturalist's own annotations, by their name in the folder of the data set."""
+    named = path.with_name("val2018.json")
+    named.write_bytes(path.read_bytes())
+    try:
+        lists._from_json(Store(path.parent.name, str(path.parent.parent)), "iNaturalist18_val.txt")
+    except ValueError as error:
+        raise ValueError(str(error).replace(named.name, path.name)) from error
+
+
+def images_in_tars(path: Path) -> None:
+    """What lies where in the tars of a large data set."""
+    store = Store(path.parent.name, str(path.parent.parent))
+    sum(1 for nested in (True, False) for _ in store.members(path.name, nested=nested))
 
 
 def archive(path: Path) -> None:
@@ -104,6 +134,17 @@ def _parquet(columns: dict[str, Any]) -> bytes:
     file = io.BytesIO()
     parquet.write_table(pa.table(columns), file, compression="none")
     return file.getvalue()
+
+
+def _weights() -> tuple[bytes, bytes]:
+    """A network's tensors as safetensors and as a state dict."""
+    import safetensors.torch
+    import torch
+
+    tensors = {"module.stem.weight": torch.ones(2, 3), "stem.bias": torch.zeros(2)}
+    file = io.BytesIO()
+    torch.save({"state_dict": tensors}, file)
+    return safetensors.torch.save(tensors), file.getvalue()
 
 
 def _picture(kind: str, size: int = 8) -> bytes:
@@ -144,6 +185,19 @@ def _tar(train: bytes) -> bytes:
     return file.getvalue()
 
 
+def _tars() -> bytes:
+    """A picture in a tar in a tar, as ImageNet's are."""
+    data = _picture("JPEG")
+    for name in ("n1_1.JPEG", "n1.tar"):
+        file = io.BytesIO()
+        with tarfile.open(fileobj=file, mode="w") as made:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            made.addfile(member, io.BytesIO(data))
+        data = file.getvalue()
+    return data
+
+
 def _gzip(data: bytes) -> bytes:
     return gzip.compress(data, compresslevel=0, mtime=0)
 
@@ -167,6 +221,10 @@ def _params() -> bytes:
 
 
 CIFAR100 = cifar.LAYOUTS["cifar100"]
+ANNOTATED = {
+    "images": [{"id": 5, "file_name": "train_val2018/a/1/x.jpg"}],
+    "annotations": [{"image_id": 5, "category_id": 3}],
+}
 SHIFT = {"scale": 1.0, "shift": [0.0, 1.0, -1.0], "fitted_on": "train", "flags": []}
 
 READERS: dict[str, Reader] = {
@@ -176,7 +234,13 @@ READERS: dict[str, Reader] = {
     "parquet": Reader(".parquet", opened, (_parquet({"a": [1.0], "b": [3.0]}), _parquet({"l": [[1.0, 2.0]]}))),
     "shift": Reader(".json", lambda path: correct._read(str(path)), (json.dumps(SHIFT).encode(),)),
     "params": Reader(".yaml", params.load, (_params(),)),
+    "labels": Reader(".csv", labels, (b"label\n0\n2\n1\n", b"2\n2\n0\n")),
+    "safetensors": Reader(".safetensors", backbones.read, _weights()[:1]),
+    "state": Reader(".pth", backbones.read, _weights()[1:]),
     "listing": Reader(".csv", listing.read, (b"path,label,split\na.png,cat,train\nb.png,dog,test\n",)),
+    "list": Reader(".txt", large_list, (b"train/n1/a.JPEG 0\nval/n2/b.JPEG 7\n",)),
+    "annotations": Reader(".json", annotations, (json.dumps(ANNOTATED).encode(),)),
+    "tars": Reader(".tar", images_in_tars, (_tars(),)),
     "features": Reader(".npy", features, (_npy(np.ones((2, 3), np.float32)),)),
     "arrays": Reader(".npz", files.load_arrays, (_zip(zipfile.ZIP_STORED),)),
     "image": Reader(".png", image, (_picture("PNG"), _picture("JPEG"), _picture("GIF"), _picture("BMP"))),

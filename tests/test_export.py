@@ -17,6 +17,8 @@ import onnxruntime
 import pytest
 import torch
 from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from longtail import cli, networks
 from longtail.posthoc import predictions
@@ -207,6 +209,38 @@ def test_a_registered_cell_is_served_with_the_pipeline_s_answers(root, monkeypat
     finally:
         os.killpg(server.pid, 9)
         server.wait()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    data=st.binary(max_size=80) | st.text(max_size=9) | st.none(), damage=st.integers(0, 76), byte=st.integers(0, 255)
+)
+def test_whatever_is_asked_for_is_an_image_or_its_row_is_named(data, damage, byte):
+    from longtail.tracking.served import Served
+
+    served = Served()
+    served.about = {"height": 8, "width": 8, "channels": 3}
+    whole = bytearray(export.encoded(np.zeros((8, 8, 3), np.uint8)))
+    whole[damage % len(whole)] = byte
+    for asked in (data, bytes(whole)):
+        try:
+            assert served.decode(7, asked).shape == (8, 8, 3)
+        except ValueError as error:
+            assert "row 7" in str(error)
+
+
+@settings(max_examples=60, deadline=None)
+@given(values=st.recursive(st.none() | st.text(max_size=3) | st.floats() | st.integers(), st.lists, max_leaves=5))
+def test_whatever_is_asked_for_is_features_or_its_row_is_named(values):
+    from longtail.tracking.served import Served
+
+    served = Served()
+    served.about = {"channels": 2}
+    for asked in (values, [values, 1.0], {"a": values}):
+        try:
+            assert np.isfinite(served.numbers(7, asked)).all()
+        except ValueError as error:
+            assert "row 7" in str(error)
 
 
 def test_an_image_of_another_size_is_resized():

@@ -28,7 +28,7 @@ class Served(PythonModel):
     def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> list[dict[str, Any]]:
         """Classify image files, one that has another size than the network's images is resized; or features.
 
-        Raises ValueError naming the row that holds no image, or another number of features.
+        Raises ValueError naming the row that holds no image, another number of features, or one that is no number.
         """
         (takes,) = (one.name for one in self.session.get_inputs())
         if takes == "images":
@@ -44,9 +44,15 @@ class Served(PythonModel):
 
     def numbers(self, row: int, values: Any) -> np.ndarray:
         """A list of numbers as float32 (1, 1, D)."""
-        found, width = np.asarray(values, dtype=np.float32), self.about["channels"]
+        width = self.about["channels"]
+        try:
+            found = np.asarray(values, dtype=np.float32)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"row {row}: features that are no list of numbers ({error})") from error
         if found.shape != (width,):
             raise ValueError(f"row {row}: features of shape {found.shape}, not ({width},)")
+        if not np.isfinite(found).all():
+            raise ValueError(f"row {row}: features that are not finite")
         return found.reshape(1, 1, -1)
 
     def decode(self, row: int, data: bytes) -> np.ndarray:

@@ -82,7 +82,7 @@ def _from_json(store: Store, name: str) -> Rows | None:
         content = json.loads(store.read(file))
         label_of = {one["image_id"]: int(one["category_id"]) for one in content["annotations"]}
         found = [(one["file_name"], label_of[one["id"]]) for one in content["images"]]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(
             f"{store.at(file)}: not iNaturalist's annotations ({type(error).__name__}: {error})"
         ) from error
