@@ -24,7 +24,11 @@ ARGUMENTS = {
     "class_balanced_sampling": {},
     "ldam": {"max_margin": 0.5, "deferred": 0.8, "beta": 0.9999},
     "lade": {"alpha": 0.1, "remine_lambda": 0.1},
-}
+    "composed": {  # what it adds has its twins in test_composed.py: teachers and margins have gradients of their own
+        "taus": [0.0, 1.0, 2.0], "teach": 0.0, "teach_at": 0.0, "temperature": 1.0, "only_right": True, "focus": 0.5,
+        "consensus": 0.02, "margin": 0.0, "margin_power": 0.25,
+    },
+}  # fmt: skip
 VARIANTS = ("released", "paper", "classifier")
 COUNTS_C = torch.tensor([60, 25, 9, 3, 1])
 
@@ -228,10 +232,10 @@ def test_biases_may_be_limits_and_a_count(low, high, count, taus):
         assert loss.experts == count
 
 
-@pytest.mark.parametrize("method", ["balpoe", "gala_balpoe"])
+@pytest.mark.parametrize("method", ["balpoe", "gala_balpoe", "composed"])
 def test_another_number_of_experts_is_refused(method):
     with pytest.raises(ValueError, match="2 experts for 3 taus"):
-        losses.load(method)(COUNTS_C, taus=[0.0, 1.0, 2.0])(*case(experts=2))
+        losses.load(method)(COUNTS_C, **ARGUMENTS[method])(*case(experts=2))
 
 
 @pytest.mark.parametrize(

@@ -252,6 +252,45 @@ def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return make_mirror(tmp_path / "mirror", "cifar10", ROWS, 10)
 
 
+# A world to choose in
+
+
+def test_what_is_chosen_by_results_is_chosen_on_training_images(mirror: Path) -> None:
+    rows = [(row.label, row.pixels.tobytes()) for row in ROWS["train"]]
+    whole = read_cifar("", name="cifar10", **NO_ARCHIVE)
+    made = read_cifar("", name="cifar10", **NO_ARCHIVE, choose_on=2)
+    assert same(made, read_cifar("", name="cifar10", **NO_ARCHIVE, choose_on=2))
+    split = {
+        part: [
+            (label, pixels.tobytes())
+            for label, pixels in zip(made[f"{part}_labels"], made[f"{part}_images"], strict=True)
+        ]
+        for part in ("train", "test")
+    }
+    assert sorted(split["train"] + split["test"]) == sorted(rows)  # each once, and none of the release's test images
+    assert (
+        np.bincount(made["train_labels"]).tolist() == [3] * 10 and np.bincount(made["test_labels"]).tolist() == [2] * 10
+    )
+    for part in ("train", "test"):
+        assert (np.diff(made[f"{part}_labels"]) >= 0).all()
+    assert made.keys() == whole.keys()
+
+
+def test_where_there_is_nothing_left_to_train_on(mirror: Path) -> None:
+    with pytest.raises(ValueError, match="choose_on: 5 is not allowed; allowed is 1 to 4, so that train has an image"):
+        read_cifar("", name="cifar10", **NO_ARCHIVE, choose_on=5)
+
+
+def test_places_go_with_the_images_that_stay(tmp_path: Path) -> None:
+    archive = make_archive(make_members("cifar10", ROWS, class_names(10)))
+    whole = read_archive(tmp_path, "cifar10", archive)
+    made = read_archive(tmp_path, "cifar10", archive, choose_on=2)
+    place_of = {
+        image.tobytes(): place for image, place in zip(whole["train_images"], whole["train_places"], strict=True)
+    }
+    assert [place_of[image.tobytes()] for image in made["train_images"]] == made["train_places"].tolist()
+
+
 # Readers by name
 
 

@@ -31,7 +31,7 @@ from PIL import Image
 
 from longtail.data.sources.cifar.fetch import MIRROR, download, masked
 from longtail.data.sources.cifar.order import by_content
-from longtail.workflow.ranges import Hashes, Md5, Url
+from longtail.workflow.ranges import Count, Hashes, Md5, Url
 
 SIZE = 32
 MEMBER_BYTES = 1 << 28  # of the archive: eight times what the official ones have
@@ -93,6 +93,7 @@ def read(
     url: Url,
     md5: Md5,
     sha256: Hashes | None = None,
+    choose_on: Count | None = None,
 ) -> dict[str, np.ndarray]:
     """Read cifar10 or cifar100 from the mirror at LONGTAIL_MIRROR, or else from its own site.
 
@@ -105,6 +106,9 @@ def read(
     The places come from the archive, from <name>/places.parquet of a mirror, whose column `place` goes row by row with
     its train split, or, where a mirror has no file names, from its rows, which are then the archive's. A mirror with
     neither gives no `train_places`.
+
+    With `choose_on` the test images are not those of the release, which are left alone, but so many of each class of
+    its training images, always the same ones; the others are train. What is chosen by results is chosen there.
 
     Raises ValueError naming the setting, or the file, and the row if it can be told, that is wrong.
     """
@@ -126,7 +130,22 @@ def read(
         arrays |= {f"{split}_images": images, f"{split}_labels": labels}
         if split == "train" and places is not None:
             arrays["train_places"] = _checked_places(places[order], parts, hashes.get("places"))
-    return arrays
+    return arrays if choose_on is None else _to_choose_on(arrays, choose_on)
+
+
+def _to_choose_on(arrays: dict[str, np.ndarray], each: int) -> dict[str, np.ndarray]:
+    """The training images, `each` of every class as test."""
+    labels = arrays["train_labels"]
+    largest = np.bincount(labels).max() - 1
+    if each > largest:
+        raise ValueError(f"choose_on: {each} is not allowed; allowed is 1 to {largest}, so that train has an image")
+    test = np.zeros(len(labels), bool)
+    for label in range(len(arrays["class_names"])):
+        rows = np.flatnonzero(labels == label)
+        test[np.random.default_rng([0, label]).permutation(rows)[:each]] = True
+    left = {name: array[~test] for name, array in arrays.items() if name.startswith("train_")}
+    kept = {f"test_{part}": arrays[f"train_{part}"][test] for part in ("images", "labels")}
+    return {**arrays, **left, **kept}
 
 
 def _checked_places(places: np.ndarray, parts: list[Part], sha256: str | None) -> np.ndarray:
