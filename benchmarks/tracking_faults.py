@@ -1,9 +1,9 @@
 """What a training pays for a tracking server that fails, and what is lost: `python -m benchmarks.tracking_faults`.
 
 For each kind of store and each fault, a training of fixed work hands every epoch to `longtail.tracking.live` while a
-real MLflow server on loopback is absent, killed and started again, slow, or answers 500. Then the server is well,
-`longtail track` runs twice at the same time, and the points of the run are counted. PostgreSQL is left out, by name,
-where its programs or psycopg2 are missing.
+real MLflow server on loopback is absent, killed and started again, slow, or answers 500: all but the first once points
+have arrived. Then the server is well, `longtail track` runs twice at the same time, and the points are counted.
+PostgreSQL is left out, by name, where its programs or psycopg2 are missing.
 """
 
 import argparse
@@ -253,24 +253,48 @@ def counted(root: Path, epochs: int) -> tuple[int, int, int, int]:
     return sum(map(len, steps)), missing, twice, len(mine)
 
 
+def live_points(root: Path) -> int:
+    """Losses of the cell that are in the store."""
+    with tracking.open_store(root) as store:
+        mine = [run.info.run_id for run in store.runs() if run.data.tags.get("longtail.kind") == "cell"]
+        return sum(len(store.client.get_metric_history(run, "curve/loss")) for run in mine)
+
+
 def measure(server: Server, store: str, fault: str, epochs: int, seconds: float) -> Line:
-    """A training under a fault, `longtail track` twice at once when all is well again, and the count."""
+    """A training under a fault, `longtail track` twice at once when all is well again, and the count.
+
+    Raises RuntimeError where no point arrives while the server is well.
+    """
     root = server.folder / "checkout"
     training = add_cell(root, "gala", accuracy=0.75, epochs=epochs)
     proxy = Proxy(server.port)
-    proxy.fault = fault if fault in ("slow", "500") else "none"
     os.environ["MLFLOW_TRACKING_URI"] = proxy.uri if fault in ("slow", "500") else server.uri
     os.environ["LONGTAIL_LIVE_AFTER"] = "0"
+    paused = 0.0
+
+    def begin() -> None:
+        nonlocal paused
+        since = time.perf_counter()
+        while not live_points(root):
+            if time.perf_counter() - since > START_S:
+                raise RuntimeError(f"no point after {START_S:g} s with a server that is well")
+            time.sleep(0.2)
+        if fault == "killed":
+            server.kill()
+        proxy.fault = fault
+        paused = time.perf_counter() - since
+
     at: dict[int, Callable[[], None]] = {}
     if fault != "absent":
         server.start()
         server.wait()
+        at[epochs // 3] = begin
     if fault == "killed":
-        at = {epochs // 3: server.kill, epochs // 2: server.start}
+        at[epochs // 2] = server.start
     try:
         began = time.perf_counter()
         calls = train(root, training, epochs, seconds, at)
-        took = time.perf_counter() - began
+        took = time.perf_counter() - began - paused
         if fault == "absent":
             server.start()
         server.wait()
@@ -278,11 +302,7 @@ def measure(server: Server, store: str, fault: str, epochs: int, seconds: float)
         while tracking._writes(root, training) and time.monotonic() < until:
             time.sleep(0.2)
         proxy.fault = "none"
-        live = 0
-        with tracking.open_store(root) as opened:
-            for run in opened.runs():
-                if run.data.tags.get("longtail.kind") == "cell":
-                    live += len(opened.client.get_metric_history(run.info.run_id, "curve/loss"))
+        live = live_points(root)
         track_twice(root)
         points, missing, twice, runs = counted(root, epochs)
     finally:
