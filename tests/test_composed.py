@@ -1,13 +1,22 @@
 """The composed loss: a slow twin of every part, the limit in which it is BalPoE, and what a part must not do."""
 
+import importlib.util
 import math
 
+import numpy as np
 import pytest
 import torch
+import yaml
+from conftest import ROOT
 from small_training import METHODS, train
 from torch import Tensor
 
 from longtail import losses
+
+SPEC = importlib.util.spec_from_file_location("effects", ROOT / "docs/effects.py")
+assert SPEC is not None and SPEC.loader is not None
+EFFECTS = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(EFFECTS)
 
 COUNTS_C = torch.tensor([60, 25, 9, 3, 1])
 TAUS = [0.0, 1.0, 2.0]
@@ -226,3 +235,55 @@ def test_angles_of_nothing_and_of_half_a_turn_are_finite(size: float) -> None:
     z_EBC[:, :, 1] = size
     value = gradient(composed(margin=0.3), z_EBC.double(), torch.tensor([1, 0]))
     assert value.isfinite().all()
+
+
+# The screen
+
+
+def design() -> tuple[dict, np.ndarray]:
+    """The blocks of the plan `composing`, and which parts each has."""
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    blocks = {name: params["methods"][name] for name in params["plans"]["composing"]["methods"]}
+    return blocks, np.array([[part(block) for part in EFFECTS.PARTS.values()] for block in blocks.values()], float)
+
+
+def test_the_screen_is_plackett_and_burman_s() -> None:
+    """Every part is on in six runs, any two in three; what is on is the same everywhere, and one run is BalPoE."""
+    blocks, on = design()
+    signs = 2 * on - 1
+    assert len(blocks) == 12 and np.array_equal(signs.T @ signs, 12 * np.eye(5)) and not signs.sum(0).any()
+    for name in ("teach", "focus", "consensus", "margin"):
+        assert len({block[name] for block in blocks.values()}) == 2
+    assert sum(not row.any() for row in on) == 1
+
+
+def test_effects_are_found_where_they_are() -> None:
+    _, on = design()
+    truth = np.array([-1.0, 2.0, 0.5, 0.0, 0.25])
+    found, error = EFFECTS.effects(50 + on @ truth, on)
+    assert found == pytest.approx(truth) and error == pytest.approx(0, abs=1e-9)
+    noise = np.random.default_rng(0).normal(size=(2000, 12))
+    many = [EFFECTS.effects(50 + on @ truth + one, on) for one in noise]
+    spread = np.std([found for found, _ in many], axis=0)
+    assert spread == pytest.approx(2 / math.sqrt(12), rel=0.1)  # a difference of two means of six
+    assert np.sqrt(np.mean([error**2 for _, error in many])) == pytest.approx(2 / math.sqrt(12), rel=0.05)
+    with pytest.raises(ValueError, match="6 runs do not tell 5 parts apart"):
+        EFFECTS.effects(np.zeros(6), on[:6])
+
+
+def test_the_table_of_effects() -> None:
+    blocks, on = design()
+    right = dict.fromkeys(("accuracy", "many", "medium", "few"), 0.5)
+    results = {
+        name: {"raw": right | {"few": 0.3 + 0.02 * row[1]}, "aligned_on_train": right}
+        for name, row in zip(blocks, on, strict=True)
+    }
+    lines = EFFECTS.table(blocks, results).splitlines()
+    assert lines[3] == "| teach | +0.0 | +0.0 | +0.0 | +2.0 | +0.0 |"
+    assert lines[-1] == "| standard error of each | 0.0 | 0.0 | 0.0 | 0.0 | 0.0 |"
+
+
+def test_a_screen_with_a_cell_missing_is_named(tmp_path) -> None:
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"fast/screen_01/1/metrics\.json is missing; longtail run composing"):
+        EFFECTS.read(tmp_path)
