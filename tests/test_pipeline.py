@@ -63,8 +63,13 @@ def test_every_stage_declares_the_manifest_of_its_code_and_no_other_code(stages)
 
 
 def test_a_stage_is_read_as_dvc_reads_it(stages, monkeypatch):
+    """Every tenth of each kind, the first and the last among them: all of a kind come from one template."""
     monkeypatch.chdir(ROOT)
-    for address, stage in stages.items():
+    kinds: dict[str, list[str]] = {}
+    for address in stages:
+        kinds.setdefault(address.partition("@")[0], []).append(address)
+    for address in dict.fromkeys(one for of_kind in kinds.values() for one in [*of_kind[::10], of_kind[-1]]):
+        stage = stages[address]
         keys = [key for dep in stage.deps if hasattr(dep, "params") for key in dep.params]
         deps = [Path(dep.fs_path).relative_to(ROOT).as_posix() for dep in stage.deps if not hasattr(dep, "params")]
         assert declaration.read(address) == (stage.cmd, sorted(deps), sorted(keys)), address
