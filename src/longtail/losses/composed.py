@@ -83,9 +83,8 @@ class Loss(BaseLoss):
         self.register_buffer("prior_C", (counts_C / counts_C.sum()).float())
         self.register_buffer("margin_C", (margin * (counts_C.min() / counts_C) ** margin_power).float())
         self.register_buffer("accuracy_C", torch.zeros_like(self.margin_C))
-        self.step_2C = torch.zeros(
-            2, len(counts_C), device=counts_C.device
-        )  # images and right ones; empty between steps
+        # images of the step, and those of them that are right; empty between steps
+        self.step_2C = torch.zeros(2, len(counts_C), device=counts_C.device)
 
     def forward(self, logits_EBC: Tensor, labels_B: Tensor, weight: float = 1.0) -> Tensor:
         """Mean over experts and batch, in nats; in training it is seen which images the product has right.
@@ -99,14 +98,12 @@ class Loss(BaseLoss):
             self._look(logits_EBC.detach(), labels_B, weight)
         shifted_EBC = (self._with_margin(logits_EBC, labels_B) if self.margin else logits_EBC) + self.shift_E1C
         labels_EB = labels_B.expand(self.experts, -1)
-        added = bool(self.teach and self.experts > 1) or bool(self.consensus)
-        if not added and not self.focus:
+        taught = self.teach > 0 and self.experts > 1
+        if not (taught or self.consensus or self.focus):  # the mean at once, as BalPoE rounds
             return weight * F.cross_entropy(shifted_EBC.flatten(0, 1), labels_EB.flatten())
-        loss_B = (
-            F.cross_entropy(shifted_EBC.flatten(0, 1), labels_EB.flatten(), reduction="none").view_as(labels_EB).mean(0)
-        )
-        common_EBC = logits_EBC + self.common_E1C
-        if self.teach and self.experts > 1:
+        loss_EB = F.cross_entropy(shifted_EBC.flatten(0, 1), labels_EB.flatten(), reduction="none").view_as(labels_EB)
+        loss_B, common_EBC = loss_EB.mean(0), logits_EBC + self.common_E1C
+        if taught:
             loss_B = loss_B + self.teach * self._taught(common_EBC, labels_B)
         if self.consensus:
             loss_B = loss_B + self.consensus * self._agreed(common_EBC, labels_B)
@@ -115,7 +112,7 @@ class Loss(BaseLoss):
         return weight * loss_B.mean()
 
     def class_weights(self) -> Tensor:
-        """What each class weighs (C,), one on average over training images."""
+        """What each class weighs (C,), one on average over training images; more than 99 % right counts as 99 %."""
         wrong_C = (1 - self.accuracy_C).clamp(min=0.01) ** self.focus
         return wrong_C / (self.prior_C * wrong_C).sum()
 
