@@ -186,6 +186,12 @@ def aligned(of: Mapping[str, Line]) -> Line | None:
     return of.get(CHOSEN) or of.get(OLD_NEW)
 
 
+def gain(of: Mapping[str, Line]) -> float:
+    """What energy aligning adds after the last step, in points; 0 where it was not tried."""
+    line = aligned(of)
+    return 0.0 if line is None or line.gain is None else line.gain[0]
+
+
 def answer(training: str, of: Mapping[str, Line]) -> str:
     """What energy aligning is worth to a training, in a sentence."""
     raw, line = of["none"], aligned(of)
@@ -382,7 +388,8 @@ def section(
         "Order, memory, and what was chosen", "What a number of this kind rests on.",
         lines=[Said(fact) for fact in facts(mine)],
     ))  # fmt: skip
-    picture = by_step_figure(of[leads], leads)
+    most = max(by, key=lambda training: gain(by[training]))  # where there is most to see
+    picture = by_step_figure(of[most], most)
     more = [text for training, text in said.items() if training != leads]
     return Section(setting.title, said[leads], more, first_table(by), picture, parts)
 
