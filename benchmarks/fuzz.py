@@ -175,27 +175,20 @@ def _meta() -> bytes:
     return b"\x80\x02}U\x10fine_label_names](" + names + b"es."
 
 
-def _tar(train: bytes) -> bytes:
+def _tar(members: dict[str, bytes]) -> bytes:
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as made:
-        for part, data in {"train": train, "test": _batch(), "names": _meta()}.items():
-            member = tarfile.TarInfo(CIFAR100.members[part][0])
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
             member.size = len(data)
             made.addfile(member, io.BytesIO(data))
     return file.getvalue()
 
 
-def _tars() -> bytes:
-    """A picture in a tar in a tar, as ImageNet's are."""
-    data = _picture("JPEG")
-    for name in ("n1_1.JPEG", "n1.tar"):
-        file = io.BytesIO()
-        with tarfile.open(fileobj=file, mode="w") as made:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            made.addfile(member, io.BytesIO(data))
-        data = file.getvalue()
-    return data
+def _archive(train: bytes) -> bytes:
+    """CIFAR-100's members, of one image each; `train` is the pickle of the first."""
+    parts = {"train": train, "test": _batch(), "names": _meta()}
+    return _tar({CIFAR100.members[part][0]: data for part, data in parts.items()})
 
 
 def _gzip(data: bytes) -> bytes:
@@ -240,12 +233,12 @@ READERS: dict[str, Reader] = {
     "listing": Reader(".csv", listing.read, (b"path,label,split\na.png,cat,train\nb.png,dog,test\n",)),
     "list": Reader(".txt", large_list, (b"train/n1/a.JPEG 0\nval/n2/b.JPEG 7\n",)),
     "annotations": Reader(".json", annotations, (json.dumps(ANNOTATED).encode(),)),
-    "tars": Reader(".tar", images_in_tars, (_tars(),)),
+    "tars": Reader(".tar", images_in_tars, (_tar({"n1.tar": _tar({"n1_1.JPEG": _picture("JPEG")})}),)),
     "features": Reader(".npy", features, (_npy(np.ones((2, 3), np.float32)),)),
     "arrays": Reader(".npz", files.load_arrays, (_zip(zipfile.ZIP_STORED),)),
     "image": Reader(".png", image, (_picture("PNG"), _picture("JPEG"), _picture("GIF"), _picture("BMP"))),
-    "archive": Reader(".tar.gz", archive, (_tar(_batch()),), packed=_gzip),
-    "pickle": Reader(".tar.gz", archive, (_batch(),), packed=lambda data: _gzip(_tar(data))),
+    "archive": Reader(".tar.gz", archive, (_archive(_batch()),), packed=_gzip),
+    "pickle": Reader(".tar.gz", archive, (_batch(),), packed=lambda data: _gzip(_archive(data))),
     "mirror": Reader(".parquet", mirror, (_mirrored(),)),
 }  # fmt: skip
 
