@@ -187,9 +187,9 @@ def aligned(of: Mapping[str, Line]) -> Line | None:
 
 
 def gain(of: Mapping[str, Line]) -> float:
-    """What energy aligning adds after the last step, in points; 0 where it was not tried."""
+    """What energy aligning surely adds after the last step, the low end of its interval; 0 where it was not tried."""
     line = aligned(of)
-    return 0.0 if line is None or line.gain is None else line.gain[0]
+    return 0.0 if line is None or line.gain is None else line.gain[1]
 
 
 def answer(training: str, of: Mapping[str, Line]) -> str:
