@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from longtail.incremental import predict, train
-from longtail.workflow import files, processes
+from longtail.workflow import files, processes, stage
 
 FIRST = {
     "epochs": 2, "batch_size": 16, "drop_last": True, "accumulate": 1,
@@ -81,4 +81,5 @@ def run(data_path: Path, out: Path, fingerprint: str = "small", **changes: Any) 
 if __name__ == "__main__":
     os.environ["LONGTAIL_QUIET"] = "1"
     options = json.loads(sys.argv[1])
+    stage.sweep([f"{options['out']}/model", f"{options['out']}/history.csv"])  # as the pipeline does before a stage
     run(Path(options.pop("data")), Path(options.pop("out")), **options)
