@@ -535,6 +535,9 @@ def test_the_choice_of_energy_aligning_never_sees_test_labels(tmp_path):
     after = measures.measure(path, SETTINGS).summary
     assert before["energy_candidates"] == after["energy_candidates"] and before["corrections"] == after["corrections"]
     assert before["readouts"]["none"]["last"] != after["readouts"]["none"]["last"]
+    # what a report says was chosen is what was, though a summary lists candidates by name
+    first, _ = report.best_first(dict(sorted(after["energy_candidates"].items())))[0]
+    assert after["readouts"][first] == after["readouts"][readouts.CHOSEN] and first != min(after["energy_candidates"])
     # on held-out images the candidates that were fitted there are scored by cross-fitting
     _, seen = readouts.read(files.load_arrays(path))
     fitted = readouts.aligning(seen, "class", SETTINGS["energy_aligning"]).fit(

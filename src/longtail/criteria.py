@@ -7,7 +7,7 @@
         criterion.after_step()                            # GALA and GALABalPoE; the others need no such call
 
 They are those of longtail.losses, which the pipeline trains with and whose docstrings have formulas and papers. Nothing
-of the pipeline is needed, only torch (`pip install 'longtail[losses]'`).
+of the pipeline is needed, only torch (from a checkout, `pip install '.[losses]'`).
 """
 
 from collections.abc import Callable, Sequence

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
-from longtail.incremental.readouts import CHOSEN
+from longtail.incremental.readouts import CHOSEN, FIT_SETS, GROUPINGS
 from longtail.report import plots
 from longtail.report.answers import spread
 from longtail.report.document import Document, Entry, Part, Section, Table, html, markdown
@@ -243,16 +243,22 @@ def facts(chains: Sequence[Chain]) -> list[str]:
         f"{', '.join(str(size['held_out_images']) for size in sizes)}.",
     ]
     for chain in chains:
-        candidates = chain.summary["energy_candidates"]
-        if candidates:
-            best = "; ".join(
-                f"{readout_name(name)} {100 * share:.1f} %" for name, share in list(candidates.items())[:3]
-            )
+        if candidates := best_first(chain.summary["energy_candidates"]):
+            best = "; ".join(f"{readout_name(name)} {100 * share:.1f} %" for name, share in candidates[:3])
             said.append(
                 f"{chain.cell.training}, seed {chain.cell.seed}: energy aligning is chosen by accuracy on held-out "
                 f"memory, mean over steps: {best}."
             )
     return said
+
+
+def best_first(candidates: Mapping[str, float]) -> list[tuple[str, float]]:
+    """The ways to align energies by their accuracy on held-out memory; the first is the one that was chosen.
+
+    JSON has them by name, and among equals that one was taken which readouts.py makes first.
+    """
+    order = [f"energy_{grouping}_on_{on}" for on in FIT_SETS for grouping in GROUPINGS]
+    return sorted(candidates.items(), key=lambda item: (-item[1], order.index(item[0])))
 
 
 def beside(setting: Setting, published: Sequence[Mapping[str, str]]) -> list[list[str]]:
