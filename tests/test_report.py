@@ -499,6 +499,93 @@ def test_headline_and_table_have_the_same_verdict(tmp_path):
     assert first.count(" ≈ |") == 3 and "≈: not settled" in first
 
 
+def three_methods(folder, third):
+    """ce, balpoe and gala, far apart, with the recipe plain; crt, of these accuracies, with the recipe long."""
+    for seed in range(4):
+        make_cell(folder / "toy_if10/plain/ce" / str(seed), 0.20 + 0.005 * seed)
+        make_cell(folder / "toy_if10/plain/balpoe" / str(seed), 0.50 + 0.005 * seed)
+        make_cell(folder / "toy_if10/plain/gala" / str(seed), 0.80 + 0.005 * seed)
+        make_cell(folder / "toy_if10/long/crt" / str(seed), third[seed])
+    plan = PLAN | {"methods": ["ce", "balpoe", "gala", "crt"], "recipes": ["plain", "long"], "seeds": [0, 1, 2, 3]}
+    results = outcomes.read("toy", plan, folder)
+    return answers.headline(results, outcomes.rows(results, []))
+
+
+def test_who_leads_the_next_one_does_not_win_while_a_third_may_be_level(tmp_path):
+    said = three_methods(tmp_path, [0.84, 0.24, 0.24, 0.84])
+    assert said.text.startswith("GALA (released form) has the highest accuracy: 80.8 ± 0.6 % with recipe plain")
+    assert (
+        "above the next method, BalPoE (3 experts) (50.8 ± 0.6 %): settled, but it cannot be told apart from"
+        in said.text
+    )
+    assert said.text.endswith("(54.0 ± 34.6 %, recipe long).") and said.more[1].startswith(
+        "To do: more seeds would tell"
+    )
+    sure = three_methods(tmp_path, [0.4, 0.4, 0.41, 0.4])
+    assert sure.text.startswith("GALA (released form) is ahead with 16 of 32 runs in") and "told apart" not in sure.text
+    assert sure.more[1] == "To do: run the rest, `longtail run toy`."
+
+
+def test_the_best_of_several_with_the_same_recipe_is_judged_as_such(tmp_path):
+    """The interval of one comparison would settle it; of three, Holm's p does not, as in the table below it."""
+    plan = PLAN | {"methods": ["ce", "balpoe", "gala", "crt"], "recipes": ["plain", "long"], "seeds": [0]}
+    make_cell(tmp_path / "toy_if10/long/balpoe/0", 0.85)
+    for method, accuracy in (("ce", 0.55), ("balpoe", 0.60), ("gala", 0.55), ("crt", 0.55)):
+        make_cell(tmp_path / "toy_if10/plain" / method / "0", accuracy)
+    results = outcomes.read("toy", plan, tmp_path)
+    table = outcomes.rows(results, [])
+    mine, rival = (find([row for row in table if row.recipe == "plain"], name) for name in ("balpoe", "ce"))
+    assert differences.compared(results, mine, rival).low > 0
+    assert "it is 5.0 points above Cross-entropy: not settled." in answers.headline(results, table).more[0]
+
+
+def test_the_lowest_ece_is_that_of_a_method_as_it_is(tmp_path):
+    """Cross-entropy with logit adjustment is one; results/posthoc-long named a higher one the lowest."""
+    make_cell(tmp_path / "toy_if10/plain/ce/0", 0.3, more={"logit_adjusted": 0.4})
+    path = tmp_path / "toy_if10/plain/ce/0/metrics.json"
+    metrics = json.loads(path.read_text())
+    metrics["last"]["raw"]["ece"], metrics["last"]["logit_adjusted"]["ece"] = 0.4, 0.3
+    files.write_json(path, metrics)
+    results = outcomes.read("toy", PLAN | {"methods": ["ce"], "seeds": [0]}, tmp_path)
+    assert part_of(results, "Calibration").says.endswith(
+        "of the methods as they are the lowest ECE has Cross-entropy, recipe plain, logit adjustment: 30.0."
+    )
+
+
+def test_best_on_test_is_a_trained_network_s_own(tmp_path):
+    """A second stage has the history of cross-entropy, from which it starts."""
+    for method, accuracy in (("ce", 0.3), ("crt", 0.2)):
+        make_cell(tmp_path / "toy_if10/plain" / method / "0", accuracy, test_accuracy=[0.35, 0.3, 0.3])
+    plan = PLAN | {"methods": ["ce", "crt"], "trained": ["ce"], "refit": ["crt"], "seeds": [0]}
+    table = table_of(tmp_path, plan)
+    assert find(table, "ce").best_on_test.mean == 0.35 and find(table, "crt").best_on_test.mean is None
+
+
+def test_what_is_level_has_no_minus(tmp_path):
+    for method in ("ce", "balpoe"):
+        make_cell(tmp_path / "toy_if10/plain" / method / "0", 0.5)
+    results = outcomes.read("toy", PLAN | {"seeds": [0]}, tmp_path)
+    table = outcomes.rows(results, [])
+    said = " ".join([*answers.headline(results, table).more, answers.answers(results, table)[0].text])
+    assert "0.0 to 0.0 points" in said and "-0.0" not in said
+
+
+def test_cells_measured_on_other_test_distributions_are_refused(cells):
+    path = cells / "toy_if10/plain/balpoe/0/distributions.csv"
+    path.write_text(path.read_text().replace("forward5", "forward10"))
+    with pytest.raises(
+        ValueError, match=r"distributions\.csv: other test distributions than in .*; `longtail run toy`"
+    ):
+        outcomes.read("toy", PLAN, cells)
+
+
+def test_a_published_value_of_something_else_does_not_say_that_nothing_has_run(cells, tmp_path):
+    rows = [quoted(group="few", value=0.5)]
+    assert "Nothing of what was published" not in markdown_of(
+        outcomes.read("toy", PLAN, cells), outcomes.read_published(write_published(tmp_path, *rows))
+    )
+
+
 def test_best_row_is_bold_once_and_recipes_are_answered_apart(cells):
     for seed in PLAN["seeds"]:
         make_cell(cells / "toy_if10/long/ce" / str(seed), 0.7 + 0.01 * seed)
@@ -893,6 +980,15 @@ def part_of(results, title):
     """A part of the report's only section."""
     (section,) = report.build(results, []).sections
     return next(part for part in section.parts if part.title == title)
+
+
+def test_pictures_of_many_methods_without_cross_entropy_say_so(tmp_path):
+    methods = [f"m{i}" for i in range(10)]
+    for i, method in enumerate(methods):
+        make_cell(tmp_path / "toy_if10/plain" / method / "0", 0.3 + 0.04 * i)
+    results = outcomes.read("toy", PLAN | {"methods": methods, "seeds": [0]}, tmp_path)
+    for figure in part_of(results, "Training curves").figures:
+        assert figure.caption.endswith("The eight methods with the highest accuracy, raw, mean over recipes.")
 
 
 def test_pictures_of_many_methods_show_the_leading_ones(tmp_path):

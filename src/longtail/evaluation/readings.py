@@ -9,6 +9,7 @@ N samples, C classes.
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product as product_of
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -278,13 +279,14 @@ def write(plan: Mapping[str, Any], *, cells_dir: str, out_dir: str) -> dict[str,
     everything = [cell for cells in by_group.values() for cell in cells]
     if not everything:
         raise ValueError(f"{cells_dir}: no cell has a corrections.csv; none has run")
+    counts = {group: len(cells) for group, cells in by_group.items()}
     tables = {"all": pooled(everything), **{group: pooled(cells) for group, cells in by_group.items()}}
     files.write_csv(
         f"{out_dir}/readings.csv",
         [{"group": group, **row} for group, table in tables.items() for row in table],
         ["group", *COLUMNS, "behind", "behind_se"],
     )
-    files.write_text(f"{out_dir}/readings.md", markdown(plan, tables, steepness(seen)))
+    files.write_text(f"{out_dir}/readings.md", markdown(plan, tables, steepness(seen), counts))
     return {group: cells[0] for group, cells in seen.items()}
 
 
@@ -330,22 +332,30 @@ def steepness(cells: Mapping[str, Sequence[Sequence[Mapping[str, str]]]]) -> lis
 
 
 def markdown(
-    plan: Mapping[str, Any], tables: Mapping[str, list[dict[str, Any]]], slopes: Sequence[Mapping[str, Any]]
+    plan: Mapping[str, Any],
+    tables: Mapping[str, list[dict[str, Any]]],
+    slopes: Sequence[Mapping[str, Any]],
+    counts: Mapping[str, int],
 ) -> str:
-    """What was chosen, a table for all cells and for each group, and how steep the energies are."""
+    """What was chosen, a table for all cells and for each group, and how steep the energies are.
+
+    `counts` are the cells of each group that have run.
+    """
+    planned = prod(len(plan[axis]) for axis in AXES)
+    ran = ", ".join(f"{group}: {count}" for group, count in counts.items())
     default = next(row for row in tables["all"] if is_default(row))
     best = next(row for row in tables["all"] if row["correction"] == ALIGNING)
     lines = [
         "# How energy aligning is best set",
         f"{', '.join(plan['datasets'])}; recipe {', '.join(plan['recipes'])}; {', '.join(plan['methods'])}; seeds "
-        f"{', '.join(map(str, plan['seeds']))}: the cells that have run. {len(list(settings()))} settings of energy "
-        "aligning, fitted on train or on held-out, and its relatives; here the default and the best of each reading, "
-        "in readings.csv all. Accuracies in percent, means over cells; NLL in nats. `Held-out` is the mean over "
-        "classes of accuracy on held-out images, cross-fitted where the correction is fitted on them; it alone "
-        "decides. 'As chosen' has the setting that is best on held-out, in each cell its own (see the note); its "
-        "held-out accuracy is that of choosing: on four folds, judged on the fifth. `Behind` is the distance to the "
-        "best that needs no test images, with its standard error over cells: what is less than two of those behind is "
-        "not settled. `Test` is the balanced test set; nothing was chosen by it.",
+        f"{', '.join(map(str, plan['seeds']))}: {sum(counts.values())} of {planned} cells have run ({ran}). "
+        f"{len(list(settings()))} settings of energy aligning, fitted on train or on held-out, and its relatives; here "
+        "the default and the best of each reading, in readings.csv all. Accuracies in percent, means over cells; NLL "
+        "in nats. `Held-out` is the mean over classes of accuracy on held-out images, cross-fitted where the "
+        "correction is fitted on them; it alone decides. 'As chosen' has the setting that is best on held-out, in each "
+        "cell its own (see the note); its held-out accuracy is that of choosing: on four folds, judged on the fifth. "
+        "`Behind` is the distance to the best that needs no test images, with its standard error over cells: what is "
+        "less than two of those behind is not settled. `Test` is the balanced test set; nothing was chosen by it.",
         f"The default, {described(default)}: {shown(default['held_out'], 100)} % on held-out, "
         f"{shown(default['test'], 100)} % on test. The best setting on held-out, {described(best)}: "
         f"{shown(best['held_out'], 100)} % and {shown(best['test'], 100)} %.",

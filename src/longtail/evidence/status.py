@@ -58,6 +58,8 @@ def states(
     of_chains = plan in chains.plans(params)
     cells: Sequence[Cell | chains.Cell] = chains.of_plan(plan, axes) if of_chains else of_plan(plan, axes)
     last, file = ("readout", "summary.json") if of_chains else ("evaluate", "metrics.json")
+    if axes.get("readings"):
+        last, file = "compare", "corrections.csv"
     path = root / pipeline.lock(pipeline.file(plan))
     known = read_lock(path) if path.exists() else {}
     at_work = running(root)

@@ -19,6 +19,7 @@ from longtail.evaluation import readings
 from longtail.incremental import report as incremental
 from longtail.report import plots
 from longtail.workflow import chains, manifest, pipeline
+from longtail.workflow.cells import Cell, of_plan
 from longtail.workflow.jobs import parse_once
 from longtail.workflow.locks import MAKERS, STAGES, read_locks
 
@@ -43,7 +44,7 @@ def verify(root: str | Path, params: Mapping[str, Any], chosen: Sequence[str]) -
         if plan not in plans:
             raise ValueError(f"plan {plan!r} is not in params.yaml; there are {', '.join(plans)}")
     names = targets(root, {plan: plans[plan] for plan in chosen})
-    found = edited(root, params, names) + moved(root, names)
+    found = edited(root, params, names) + moved(root, names) + unlocked(root, {plan: plans[plan] for plan in chosen})
     for plan in chosen:
         found += differing(root, plan, plans[plan])
     return found
@@ -74,6 +75,19 @@ def targets(root: Path, plans: Mapping[str, Any]) -> list[str]:
                             names += [f"{stage}-{cell}" for stage in (*MAKERS.values(), *STAGES[1:], "compare")]
         names += [f"report-{plan}", f"readings-{plan}"]
     return [name for name in dict.fromkeys(names) if name in lock]
+
+
+def unlocked(root: Path, plans: Mapping[str, Any]) -> list[str]:
+    """Results that the tables are made of, and that no lock says where they come from: `results/...: no entry ...`."""
+    lock, found = read_locks(root), []
+    for plan, axes in plans.items():
+        of_chains, file = "protocols" in axes, pipeline.lock(pipeline.file(plan))
+        cells: Sequence[Cell | chains.Cell] = chains.of_plan(plan, axes) if of_chains else of_plan(plan, axes)
+        for cell in cells:
+            stage = f"{'readout' if of_chains else 'evaluate'}-{plan}@{cell.name}"
+            if stage not in lock and any((root / cell.results).glob("*")):
+                found.append(f"{cell.results}: no entry {stage} in {file}")
+    return found
 
 
 def edited(root: Path, params: Mapping[str, Any], names: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from longtail.report import differences
-from longtail.report.differences import BASELINE, points
+from longtail.report.differences import BASELINE, points, unsigned
 from longtail.report.outcomes import ADJUSTED, ALIGNED, CORRECTIONS, RAW, Results, Row
 
 METHODS = {
@@ -77,15 +77,22 @@ def headline(results: Results, table: Sequence[Row]) -> Headline:
             f"Only {entrant_name(first)} has run: {percent(first)} with recipe {first.recipe} ({seeds_text([first])})."
         )
         return Headline(text, (f"The others: `longtail run {results.plan_name}`.",))
-    second, lead = others[0], differences.behind(results, [first, *others])[0].swapped()
+    leads = [one.swapped() for one in differences.behind(results, [first, *others])]
+    second, lead = others[0], leads[0]
+    # further down, but with so few seeds, or such a spread, that it might be level
+    open_ = [(row, one) for row, one in zip(others[1:], leads[1:], strict=True) if not one.settled]
     where = "" if second.recipe == first.recipe else f", recipe {second.recipe}"
     other = f"{entrant_name(second)} ({percent(second)}{where})"
     seeds = seeds_text([first, second])
     if lead.settled:
+        does = "has the highest accuracy" if open_ else wins(results, first.dataset)
         text = (
-            f"{entrant_name(first)} {wins(results, first.dataset)}: {percent(first)} with recipe {first.recipe} "
+            f"{entrant_name(first)} {does}: {percent(first)} with recipe {first.recipe} "
             f"({seeds}), {100 * lead.value:.1f} points above the next method, {other}: {verdict(lead)}."
         )
+        if open_:
+            named = ", ".join(f"{entrant_name(row)} ({percent(row)}, recipe {row.recipe})" for row, _ in open_)
+            text = f"{text[:-1]}, but it cannot be told apart from {named}."
     else:
         above = f"{100 * lead.value:.1f} points above the next method, {other}, are"
         if abs(100 * lead.value) < 0.05:
@@ -95,10 +102,11 @@ def headline(results: Results, table: Sequence[Row]) -> Headline:
             f"but its {above} {verdict(lead)}."
         )
     interval = (
-        f"95 % interval of that difference: {100 * lead.low:.1f} to {100 * lead.high:.1f} points, over {lead.over}."
+        f"95 % interval of that difference: {unsigned(lead.low)} to {unsigned(lead.high)} points, over {lead.over}."
     )
     more = interval if second.recipe == first.recipe else f"{interval} {same_recipe(results, first, table)}"
-    return Headline(text, (more, to_do(results, [first, second], lead, again)))
+    rival, closest = open_[0] if lead.settled and open_ else (second, lead)
+    return Headline(text, (more, to_do(results, [first, rival], closest, again)))
 
 
 def wins(results: Results, dataset: str) -> str:
@@ -121,11 +129,11 @@ def same_recipe(results: Results, first: Row, table: Sequence[Row]) -> str:
         ranked = differences.ranked([row for row in entrants(table) if row.recipe == recipe])
         own = [row for row in ranked if (row.method, row.correction) == (first.method, first.correction)]
         rest = [row for row in ranked if row not in own]
-        pairs += [(own[0], rest[0])] if own and rest else []
+        pairs += [(own[0], rest)] if own and rest else []
     if not pairs:
         return f"No other method has run with recipe {first.recipe}: part of the lead may be the recipe's."
-    mine, rival = max(pairs, key=lambda pair: (min(row.n for row in pair), pair[0].accuracy))
-    found = differences.compared(results, mine, rival)
+    mine, rest = max(pairs, key=lambda pair: (min(pair[0].n, pair[1][0].n), pair[0].accuracy))
+    rival, found = rest[0], differences.behind(results, [mine, *rest])[0].swapped()  # the best of several: p is Holm's
     side = "above" if found.value >= 0 else "below"
     return (
         f"The recipes differ; with the same one ({mine.recipe}, {seeds_text([mine, rival])}) it is "
@@ -142,6 +150,8 @@ def to_do(results: Results, pair: Sequence[Row], lead: differences.Difference, a
             return f"To do: run the seeds that are missing, {runs}."
         more = f"To do: more seeds would tell, `plans.{results.plan_name}.seeds` in params.yaml"
         return f"{more}; until then take the one that costs less." if not lead.settled else f"{more}."
+    if any(cell.dataset == pair[0].dataset for cell in results.missing):
+        return f"To do: run the rest, `longtail run {results.plan_name}`."
     return f"To do: take it; `{again}` makes it again."
 
 
@@ -169,7 +179,7 @@ def sure_text(lead: differences.Difference) -> str:
     over = lead.over if lead.seeds else f"{lead.over}, for one seed says nothing of other trainings"
     settled = "settled" if lead.seeds else "settled for these networks, not for the methods"
     return (
-        f"95 % interval {100 * lead.low:.1f} to {100 * lead.high:.1f} points (p {p if p[0] == '<' else f'= {p}'}), "
+        f"95 % interval {unsigned(lead.low)} to {unsigned(lead.high)} points (p {p if p[0] == '<' else f'= {p}'}), "
         f"over {over}: {settled if lead.settled else 'not settled'}."
     )
 
@@ -185,17 +195,16 @@ def answer(results: Results, dataset: str, recipe: str, table: Sequence[Row]) ->
     if len(ranked) == 1:
         return f"{where}only {entrant_name(first)} has run: {percent(first)} ({seeds_text([first])})."
     second = ranked[1]
-    lead = first.accuracy - second.accuracy
+    sure = differences.behind(results, ranked)[0].swapped()
     text = (
         f"{where}{entrant_name(first)} has the highest accuracy: {percent(first)}, "
-        f"{100 * lead:.1f} points above {entrant_name(second)} ({percent(second)})"
+        f"{unsigned(sure.value)} points above {entrant_name(second)} ({percent(second)})"
     )
     base = next((row for row in ranked[2:] if (row.method, row.correction) == (BASELINE, RAW)), None)
     if base:
-        above = first.accuracy - base.accuracy
-        text += f" and {100 * above:.1f} above {method_name(BASELINE)} ({percent(base)})"
+        above = differences.compared(results, first, base).value
+        text += f" and {unsigned(above)} above {method_name(BASELINE)} ({percent(base)})"
     text += f"; {seeds_text(ranked)} for each method."
-    sure = differences.behind(results, ranked)[0].swapped()
     said = f"The lead over {entrant_name(second)}: {sure_text(sure)}"
     parts = [said, *aligned_text(table, raw), *published_text(raw)]
     return " ".join([text, *parts])

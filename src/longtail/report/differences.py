@@ -235,6 +235,11 @@ def points(fraction: float) -> str:
     return "0.0" if text in ("-0.0", "+0.0") else text
 
 
+def unsigned(fraction: float) -> str:
+    """An end of an interval in points: a minus where it is below zero, no plus."""
+    return points(fraction).removeprefix("+")
+
+
 def probability(p: float) -> str:
     """p to two figures."""
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.0995 else f"{p:.2f}"

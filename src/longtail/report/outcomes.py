@@ -295,7 +295,7 @@ def read(plan_name: str, plan: Mapping[str, Any], cells_dir: str | Path, times: 
     """Read the cells of a plan {datasets, recipes, methods, seeds} under `cells_dir`, and how long each trained.
 
     Raises ValueError when no cell has run, when a file is wrong, and when two cells of a data set disagree
-    on its classes (one of them is older than the data).
+    on its classes (one of them is older than the data) or on the test distributions.
     """
     cells: dict[Cell, Outcome] = {}
     missing: list[Cell] = []
@@ -313,6 +313,10 @@ def read(plan_name: str, plan: Mapping[str, Any], cells_dir: str | Path, times: 
         if len(found.right[RAW]) != len(cells[other].right[RAW]):
             paths = [Path(cells_dir, one.path, "right.csv") for one in (cell, other)]
             raise ValueError(f"{paths[0]}: another number of test images than in {paths[1]}")
+        if distributions(found) != distributions(cells[other]):
+            paths = [Path(cells_dir, one.path, "distributions.csv") for one in (cell, other)]
+            again = f"`longtail run {plan_name}` measures anew what was measured with other ratios"
+            raise ValueError(f"{paths[0]}: other test distributions than in {paths[1]}; {again}")
     if not cells:
         raise ValueError(f"{cells_dir}: no cell of plan {plan_name!r} has run ({len(missing)} in the plan)")
     costs = {} if times is None else read_cost(plan_name, Path(times))
@@ -328,6 +332,11 @@ def read_cost(plan_name: str, path: Path) -> dict[Cell, Record]:
         }
         for row in read_table(path, ("dataset", "recipe", "method", "seed", *limits), limits)
     }  # fmt: skip
+
+
+def distributions(cell: Outcome) -> list[str]:
+    """The names of the test distributions that it was measured on."""
+    return list(dict.fromkeys(row["distribution"] for row in cell.distributions))
 
 
 def class_list(cell: Outcome) -> list[tuple[Any, ...]]:
@@ -349,6 +358,8 @@ def read_published(path: str | Path) -> list[Published]:
             if row[flag] not in ("true", "false"):
                 raise ValueError(f"{path}: row {i}, {flag}: {row[flag]!r}, but allowed is true, false")
             row[flag] = row[flag] == "true"
+        if row["sd"] is not None and row["runs"] is not None and row["runs"] < 2:
+            raise ValueError(f"{path}: row {i}, runs: {row['runs']:g}, but a deviation (sd) takes two")
         if row["url"] and not row["url"].startswith("https://"):
             raise ValueError(f"{path}: row {i}, url: {row['url']!r}, but allowed is https://... or nothing")
         one = Published(**{column: row[column] for column in PUBLISHED})
@@ -387,7 +398,9 @@ def rows(results: Results, published: Sequence[Published]) -> list[Row]:
             last = [cells[seed].last[correction] for seed in seeds]
             bests = [best[correction]["accuracy"] for seed in seeds
                      if (best := cells[seed].best) is not None and correction in best]  # fmt: skip
-            looks = [best_on_test(cells[seed]) for seed in seeds] if correction == RAW else []
+            # a second stage has the history of the network that it starts from, a fused one a mean of several
+            own = correction == RAW and method in (results.plan.get("trained") or results.plan["methods"])
+            looks = [best_on_test(cells[seed]) for seed in seeds] if own else []
             about = (dataset, recipe, method, IN_PUBLISHED.get(correction, ""), "accuracy", "all")
             table.append(
                 Row(

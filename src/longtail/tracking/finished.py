@@ -248,7 +248,10 @@ def _metrics(path: Path) -> tuple[int, dict[str, float]]:
     written = files.read_json(path)
     try:
         last = written["last"]
-        shown = {name: last["raw"][key] for key, name in MEASURES.items()}
+        # a measure that came after the cell was evaluated is not there, as in a report
+        shown = {
+            name: last["raw"][key] for key, name in MEASURES.items() if key in last["raw"] or key in AFTER_ALIGNING
+        }
         block, group = ALIGNED
         # short: the compare page cuts long names
         shown |= {f"{group}/{key}": last[block][key] for key in AFTER_ALIGNING}

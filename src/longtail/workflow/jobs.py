@@ -179,12 +179,15 @@ class Stages:
             self.server.close()
 
     def _stage(self, address: str) -> Any:
+        file, _, name = address.rpartition(":")
+        return self._file(file).stages[name]
+
+    def _file(self, file: str) -> Any:
         from dvc.dvcfile import load_file
 
-        file, _, name = address.rpartition(":")
-        if file not in self.files:
+        if file not in self.files:  # or no longer: another DVC was at it
             self.files[file] = load_file(self.repo, os.path.abspath(file))
-        return self.files[file].stages[name]
+        return self.files[file]
 
     def _warm_up(self, stage: Any) -> None:
         """A server for the first stage that has to run and gains from it."""
@@ -195,7 +198,7 @@ class Stages:
     def _write(self) -> None:
         """The lock entries of the stages that have run since the last time, in one go for each file."""
         for file, stages in self.ran.items():
-            self.files[file].dump_stages(stages, update_pipeline=False)
+            self._file(file).dump_stages(stages, update_pipeline=False)
         self.ran, self.written = {}, time.monotonic()
 
 
