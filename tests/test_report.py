@@ -512,13 +512,13 @@ def three_methods(folder, third):
 
 
 def test_who_leads_the_next_one_does_not_win_while_a_third_may_be_level(tmp_path):
-    said = three_methods(tmp_path, [0.84, 0.1, 0.1, 0.84])
+    said = three_methods(tmp_path, [0.84, 0.2, 0.2, 0.7])
     assert said.text.startswith("GALA (released form) has the highest accuracy: 80.8 ± 0.6 % with recipe plain")
     assert (
         "above the next method, BalPoE (3 experts) (50.8 ± 0.6 %): settled, but it cannot be told apart from"
         in said.text
     )
-    assert said.text.endswith("(47.0 ± 42.7 %, recipe long).") and said.more[1].startswith(
+    assert said.text.endswith("(48.5 ± 33.5 %, recipe long).") and said.more[1].startswith(
         "To do: more seeds would tell"
     )
     sure = three_methods(tmp_path, [0.4, 0.4, 0.41, 0.4])

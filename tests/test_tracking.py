@@ -20,7 +20,7 @@ from mlflow.entities import Run
 from small_cells import RECIPE, add_cell, measures
 
 from longtail.report import outcomes
-from longtail.tracking import live
+from longtail.tracking import finished, live
 from longtail.tracking import runs as tracking
 from longtail.tracking.live import Live
 from longtail.tracking.runs import TrackingError, sync, track
@@ -303,6 +303,28 @@ def test_plans_are_chosen_by_name(root: Path) -> None:
     assert sync(root).created == 2
     with pytest.raises(LockError, match="nothing of plan 'quik'; there are paper-cifar100, quick"):
         sync(root, ["quik"])
+
+
+def test_what_left_its_plan_is_history(root: Path) -> None:
+    """Its lock entries and results are still there; a report leaves it out as well."""
+    add_cell(root, "gala", accuracy=0.75)
+    assert sync(root).created == 2
+    axes = {"datasets": ["digits_if20"], "recipes": ["digits"], "methods": ["ce"], "seeds": [0]}
+    files.write_text(root / "params.yaml", json.dumps({"plans": {"quick": axes}}))
+    again = sync(root)
+    assert (again.unchanged, again.superseded) == (1, 1)
+    assert [runs(root, method=method)[0].data.tags["longtail.current"] for method in ("ce", "gala")] == ["yes", "no"]
+    assert sync(root).superseded == 0
+
+
+def test_a_measure_that_came_later_is_not_there_and_stops_nothing(root: Path) -> None:
+    path = root / "results/quick/cells/digits_if20/digits/ce/0/metrics.json"
+    written = json.loads(path.read_text())
+    del written["last"]["raw"]["top5"]
+    assert "top-5" not in finished._metrics(Path(files.write_json(path, written)))[1]
+    del written["last"]["raw"]["few"]
+    with pytest.raises(LockError, match="not the metrics of a cell: KeyError"):
+        finished._metrics(Path(files.write_json(path, written)))
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from longtail.workflow import files
-from longtail.workflow.cells import Cell
+from longtail.workflow import declaration, files
+from longtail.workflow.cells import Cell, of_plan
 from longtail.workflow.fingerprint import digest, plain
 from longtail.workflow.locks import (
     MAKERS,
@@ -89,14 +89,15 @@ class Result:
 
 
 def results(root: Path, plans: Sequence[str] | None) -> tuple[list[Result], list[str]]:
-    """The finished cells of the plans (None: of all), and a note for each that cannot be shown.
+    """The finished cells of the plans (None: of all), and a note for each that cannot be shown. What has left its plan
+    is none of them.
 
     A cell is finished when the lock has its four stages and the files are those that the lock names.
 
     Raises LockError for an unusable lock, a plan that has no stage in it, and a result file that is what
     the lock says but not what this program reads.
     """
-    stages = read_locks(root)
+    stages, there = read_locks(root), in_plans(root)
     cells: dict[Cell, dict[str, dict[str, Any]]] = {}
     for name, entry in stages.items():
         if match := STAGE_NAME.fullmatch(name):
@@ -108,7 +109,7 @@ def results(root: Path, plans: Sequence[str] | None) -> tuple[list[Result], list
             raise LockError(f"{root / 'stages'}: nothing of plan {plan!r}; there are {', '.join(known) or 'none'}")
     found, notes = [], []
     for cell, entries in cells.items():
-        if plans is not None and cell.plan not in plans:
+        if (plans is not None and cell.plan not in plans) or not there(cell):
             continue
         trouble = _unfinished(cell, entries) or _changed(root, cell, entries)
         if trouble:
@@ -116,6 +117,17 @@ def results(root: Path, plans: Sequence[str] | None) -> tuple[list[Result], list
         else:
             found.append(_result(root, cell, entries, _data(stages, cell.dataset)))
     return _alike(found), notes
+
+
+def in_plans(root: Path) -> Callable[[Cell], bool]:
+    """Whether a cell is of a plan of params.yaml; locks and results of one that left are still there. Without a
+    params.yaml all are."""
+    path = root / "params.yaml"
+    if not path.exists():
+        return lambda cell: True
+    plans = declaration.load(path).get("plans", {})
+    known = {cell for plan, axes in plans.items() for cell in of_plan(plan, axes)}
+    return lambda cell: cell in known
 
 
 def _alike(found: Sequence[Result]) -> list[Result]:

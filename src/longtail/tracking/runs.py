@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longtail.tracking import view
-from longtail.tracking.finished import ALIGNED, Result, flatten, results
+from longtail.tracking.finished import ALIGNED, Result, flatten, in_plans, results
 from longtail.tracking.live import flock, log_path
 from longtail.workflow.cells import Cell
 from longtail.workflow.fingerprint import versions
@@ -246,6 +246,10 @@ def sync(root: str | Path, plans: Sequence[str] | None = None) -> Summary:
                 counts[outcome] += 1
                 others = [run for run in same if run.info.run_id != current]
                 counts["superseded"] += sum(_supersede(store, root, run, result) for run in others)
+            there = in_plans(root)
+            for cell, same in by_cell.items():
+                if cell.plan in parents and not there(cell):
+                    counts["superseded"] += sum(_retire(store, run) for run in same)
             for plan, parent in parents.items():
                 upload(store, root, plan, parent)
             pages = show(store, sorted(parents))
@@ -335,6 +339,14 @@ def _supersede(store: Store, root: Path, run: "Run", result: Result) -> bool:
         if run.info.status == "RUNNING":
             trained = tags.get("longtail.state") == "trained"
             store.client.set_terminated(run.info.run_id, "FINISHED" if trained else "KILLED")
+    store.client.set_tag(run.info.run_id, "longtail.current", "no")
+    return True
+
+
+def _retire(store: Store, run: "Run") -> bool:
+    """Mark the current run of a cell that left its plan as history; False when it is already, or still runs."""
+    if run.data.tags.get("longtail.current") != "yes":
+        return False
     store.client.set_tag(run.info.run_id, "longtail.current", "no")
     return True
 
