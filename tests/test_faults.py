@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -143,6 +144,17 @@ def test_a_stage_does_not_begin_on_a_disk_that_is_all_but_full(monkeypatch):
     with pytest.raises(OSError) as raised:
         stage.check_room()
     assert "No space left on device; make room" in stage.said(raised.value)
+
+
+def test_what_has_run_is_recorded_though_another_dvc_was_waited_for(monkeypatch):
+    """A job that is ended while it waits has forgotten the file as it was; its record is written all the same."""
+    recorded = []
+    loaded = SimpleNamespace(dump_stages=lambda stages, update_pipeline: recorded.extend(stages))
+    monkeypatch.setattr("dvc.dvcfile.load_file", lambda repo, path: loaded)
+    stages = jobs.Stages.__new__(jobs.Stages)
+    stages.repo, stages.files, stages.ran = None, {}, {"stages/quick/dvc.yaml": ["predict-quick@a"]}
+    stages._write()
+    assert recorded == ["predict-quick@a"] and not stages.ran
 
 
 def test_a_lock_file_is_the_old_one_or_the_new_one(tmp_path):

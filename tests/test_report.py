@@ -518,7 +518,7 @@ def test_who_leads_the_next_one_does_not_win_while_a_third_may_be_level(tmp_path
         "above the next method, BalPoE (3 experts) (50.8 ± 0.6 %): settled, but it cannot be told apart from"
         in said.text
     )
-    assert said.text.endswith("(48.5 ± 33.5 %, recipe long).") and said.more[1].startswith(
+    assert said.text.endswith("(48.5 ± 33.4 %, recipe long).") and said.more[1].startswith(
         "To do: more seeds would tell"
     )
     sure = three_methods(tmp_path, [0.4, 0.4, 0.41, 0.4])

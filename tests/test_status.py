@@ -46,6 +46,18 @@ def test_each_cell_is_done_stale_running_or_missing(tmp_path, monkeypatch):
     assert "  stale d-r-ce-1: other code: loss" in said and said[-1] == "  next: longtail run mine"
 
 
+def test_a_cell_of_a_plan_with_readings_is_done_with_its_comparison(tmp_path, monkeypatch):
+    monkeypatch.setattr(status.verify, "edited", lambda *_: [])
+    monkeypatch.setattr(status.verify, "moved", lambda *_: [])
+    params = {"plans": {"mine": PARAMS["plans"]["mine"] | {"readings": True, "methods": ["ce"], "seeds": [0]}}}
+    lock(tmp_path, "evaluate-mine@d-r-ce-0")
+    files.write_json(tmp_path / cell("ce", 0).results / "metrics.json", {})
+    assert [one.state for one in status.states(tmp_path, params, "mine")] == ["missing"]
+    lock(tmp_path, "evaluate-mine@d-r-ce-0", "compare-mine@d-r-ce-0")
+    files.write_text(tmp_path / cell("ce", 0).results / "corrections.csv", "")
+    assert [one.state for one in status.states(tmp_path, params, "mine")] == ["done"]
+
+
 def test_a_plan_that_has_not_run_is_missing_as_a_whole(tmp_path):
     assert status.overview(tmp_path, PARAMS, "mine", {})[0] == "mine: 0 done, 4 missing of 4 cells"
 

@@ -10,6 +10,7 @@ import yaml
 from conftest import ROOT
 
 from longtail.evidence import verify
+from longtail.workflow import files
 
 PLAN = "quick"
 CELL = "digits_if20-digits-ce-0"
@@ -67,6 +68,17 @@ def test_changed_code_params_and_results_are_named(bare):
     assert "results/quick/table.md: not what the committed cells give" in lines
     assert not any("balanced_softmax-0: other code" in line for line in lines)
     put_back(bare)
+
+
+def test_results_that_no_lock_has_are_named(tmp_path):
+    axes = {"datasets": ["d"], "recipes": ["r"], "methods": ["ce", "gala"], "seeds": [0]}
+    lock = "schema: '2.0'\nstages:\n  evaluate-mine@d-r-ce-0:\n    cmd: x\n"
+    files.write_text(tmp_path / "stages/mine/dvc.lock", lock)
+    for method in ("ce", "gala"):
+        files.write_text(tmp_path / f"results/mine/cells/d/r/{method}/0/metrics.json", "{}")
+    assert verify.unlocked(tmp_path, {"mine": axes}) == [
+        "results/mine/cells/d/r/gala/0: no entry evaluate-mine@d-r-gala-0 in stages/mine/dvc.lock"
+    ]
 
 
 @pytest.mark.slow
