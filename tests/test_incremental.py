@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -575,6 +576,21 @@ def results(chain, root):
         files.write_csv(folder / f"{name}.csv", getattr(found, name), getattr(measures, name.upper()))
     files.write_text(folder / "history.csv", (chain / "out/history.csv").read_text())
     return found
+
+
+def test_how_many_images_a_step_trains_on_is_said_of_each_training():
+    """Without replay there are fewer: a page said of all what is true of its first training."""
+
+    def chain(training, train_images):
+        sizes = [{"memory_after": 4, "memory_budget": 4, "held_out_images": 1, "train_images": n} for n in train_images]
+        summary = {"sizes": sizes, "order": [1, 0], "classes": 2, "order_sha256": "x", "ends": [1, 2],
+                   "energy_candidates": {}}  # fmt: skip
+        return SimpleNamespace(summary=summary, cell=SimpleNamespace(order="o", training=training, seed="0"))
+
+    plain, other = [chain(name, images) for name, images in (("finetune", (9, 9)), ("replay", (9, 13)))]
+    assert "Trained on: 9, 9; held out" in report.facts([plain, plain])[1]
+    both = report.facts([plain, other, chain("distilled", (9, 13))])[1]
+    assert "Trained on: 9, 9 (finetune); 9, 13 (replay, distilled); held out of all training" in both
 
 
 def test_a_report_of_a_chain_says_what_it_rests_on(chain, tmp_path):

@@ -235,12 +235,18 @@ def facts(chains: Sequence[Chain]) -> list[str]:
     sizes = summary["sizes"]
     listed = " ".join(map(str, summary["order"][:10]))
     kept = ", ".join(f"{size['memory_after']} of {size['memory_budget']}" for size in sizes)
+    held_out = ", ".join(str(size["held_out_images"]) for size in sizes)
+    trained: dict[str, list[str]] = {}  # by how many images in each step: without replay there are fewer
+    for chain in chains:
+        row = ", ".join(str(size["train_images"]) for size in chain.summary["sizes"])
+        names = trained.setdefault(row, [])
+        names += [chain.cell.training] if chain.cell.training not in names else []
+    of_which = "; ".join(f"{row} ({', '.join(names)})" if len(trained) > 1 else row for row, names in trained.items())
     said = [
         f"Class order {setting.order}: {listed} ...; SHA-256 of all {summary['classes']} ids joined by commas "
         f"`{summary['order_sha256']}`.",
         f"Classes seen after each step: {', '.join(map(str, summary['ends']))}. Images kept: {kept}. Trained on: "
-        f"{', '.join(str(size['train_images']) for size in sizes)}; held out of all training, to fit corrections on: "
-        f"{', '.join(str(size['held_out_images']) for size in sizes)}.",
+        f"{of_which}; held out of all training, to fit corrections on: {held_out}.",
     ]
     for chain in chains:
         if candidates := best_first(chain.summary["energy_candidates"]):
