@@ -12,6 +12,7 @@ from small_training import METHODS, train
 from torch import Tensor
 
 from longtail import losses
+from longtail.report import answers
 
 SPEC = importlib.util.spec_from_file_location("effects", ROOT / "docs/effects.py")
 assert SPEC is not None and SPEC.loader is not None
@@ -287,3 +288,16 @@ def test_a_screen_with_a_cell_missing_is_named(tmp_path) -> None:
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text(encoding="utf-8"), encoding="utf-8")
     with pytest.raises(ValueError, match=r"fast/screen_01/1/metrics\.json is missing; longtail run composing"):
         EFFECTS.read(tmp_path)
+
+
+def test_the_page_has_the_table_of_what_is_committed() -> None:
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    page = (ROOT / "docs/composed.md").read_text(encoding="utf-8")
+    assert EFFECTS.table(params["methods"], EFFECTS.read(ROOT)) in page
+
+
+def test_the_runs_of_the_screen_are_called_what_they_are() -> None:
+    blocks, on = design()
+    for name, row in zip(blocks, on, strict=True):
+        parts = [part for part, there in zip(EFFECTS.PARTS, row, strict=True) if there]
+        assert answers.METHODS[name] == f"BalPoE with {', '.join(parts) or 'nothing'}"
