@@ -39,7 +39,11 @@ METHODS = {
     "ce": {},
     "gala": {"variant": "released", "accumulation": "double", "lambda1": 1.0, "lambda2": 1.0},
     "balpoe": {"taus": [0.0, 2.0]},
-}
+    "composed": {
+        "taus": [0.0, 2.0], "teach": 0.5, "teach_at": 0.0, "temperature": 2.0, "only_right": True, "focus": 0.5,
+        "consensus": 0.0, "margin": 0.0, "margin_power": 0.25, "recall": 0.5,
+    },
+}  # fmt: skip
 
 
 def split(every: int = 1) -> batches.Split:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
-from small_training import METHODS, train
+from small_training import METHODS, split, train
 from torch import Tensor
 
 from longtail import losses
@@ -136,7 +136,8 @@ def test_what_is_on_decides_what_a_training_is(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setitem(METHODS, "composed", NOTHING | {"taus": [0.0, 2.0]} | changes)
         return train("composed").last
 
-    kinds = [last(), last(teach=1.0), last(focus=0.5), last(consensus=0.1), last(teach=1.0, teach_at=1.0)]
+    kinds = [last(**one) for one in ({}, {"teach": 1.0}, {"focus": 0.5}, {"consensus": 0.1}, {"recall": 1.0})]
+    kinds.append(last(teach=1.0, teach_at=1.0))
     assert len(set(kinds)) == len(kinds)
     assert last(teach=1.0, focus=0.5) == last(teach=1.0, focus=0.5)
 
@@ -236,6 +237,130 @@ def test_angles_of_nothing_and_of_half_a_turn_are_finite(size: float) -> None:
     z_EBC[:, :, 1] = size
     value = gradient(composed(margin=0.3), z_EBC.double(), torch.tensor([1, 0]))
     assert value.isfinite().all()
+
+
+# What was said of an image an epoch ago
+
+
+def recalling(**changes: object) -> losses.BaseLoss:
+    return composed(**{"recall": 0.4, "temperature": 2.0} | changes).double()
+
+
+def hear(loss: losses.BaseLoss, epoch: int, *steps: tuple[Tensor, Tensor]) -> None:
+    """An epoch of logits and the places of their images."""
+    loss.start_epoch(epoch, 9)
+    for z_EBC, places_B in steps:
+        loss.remember(z_EBC, places_B)
+        loss.after_step()
+
+
+def test_recall_is_its_twin() -> None:
+    """Image by image: the mean over experts of u, of the last epoch that showed the image, where that was right."""
+    loss, T = recalling(), 2.0
+    (first_EBC, labels_B), (second_EBC, _), (now_EBC, _) = (case(seed, batch=30) for seed in (1, 2, 3))
+    places_B = torch.arange(30) * 3
+    for z_EBC in (first_EBC, second_EBC):
+        z_EBC[:, torch.arange(0, 30, 2), labels_B[::2]] = SCALE  # right, every second one at least
+    hear(loss, 1, (first_EBC, places_B))
+    hear(loss, 2, (second_EBC[:, :17], places_B[:17]))  # the others are not shown
+    loss.start_epoch(3, 9)
+    total, spoken = 0.0, 0
+    common_EBC = loss.common_E1C.double()
+    for b, y in enumerate(labels_B.tolist()):
+        r = ((second_EBC if b < 17 else first_EBC) + common_EBC)[:, b].mean(0).tolist()
+        if max(range(5), key=lambda c, of=r: of[c]) == y:
+            p, spoken = softmax([value / T for value in r]), spoken + 1
+            for e in range(3):
+                q = softmax([value / T for value in (now_EBC + common_EBC)[e, b].tolist()])
+                total += 0.4 * T**2 * sum(p[c] * math.log(p[c] / q[c]) for c in range(5)) / 3 / len(labels_B)
+    assert 15 <= spoken < 30
+    added = loss(now_EBC, labels_B, 1.0, places_B) - composed().double()(now_EBC, labels_B)
+    assert added.item() == pytest.approx(total, rel=1e-6)
+
+
+def test_in_the_first_epoch_there_is_nothing_to_recall() -> None:
+    z_EBC, labels_B = case()
+    loss, places_B = recalling(), torch.arange(40)
+    hear(loss, 1, (z_EBC, places_B))
+    torch.testing.assert_close(loss(z_EBC, labels_B, 1.0, places_B), composed().double()(z_EBC, labels_B))
+
+
+def test_who_says_what_was_said_is_not_moved() -> None:
+    """Experts of one posterior, at temperature 1: the recalled part has no slope where it is met."""
+    z_BC, labels_B = (one[0] if one.ndim == 3 else one for one in case(experts=1))
+    log_prior_C = (COUNTS_C / COUNTS_C.sum()).double().log()
+    z_EBC = torch.stack([z_BC + (1 - tau) * log_prior_C for tau in TAUS])
+    loss, places_B = recalling(temperature=1.0), torch.arange(40)
+    hear(loss, 1, (z_EBC, places_B))
+    loss.start_epoch(2, 9)
+    z_EBC.requires_grad_()
+    slopes = [
+        torch.autograd.grad(value, z_EBC)[0]
+        for value in (loss(z_EBC, labels_B, 1.0, places_B), composed().double()(z_EBC, labels_B))
+    ]
+    torch.testing.assert_close(*slopes, rtol=0, atol=1e-7)
+
+
+def test_an_epoch_that_is_taken_up_in_its_middle_goes_on_from_what_it_has_said() -> None:
+    parts = [(case(seed, batch=10)[0], torch.arange(10) + 10 * seed) for seed in range(4)]
+    whole, broken, taken_up = recalling(), recalling(), recalling()
+    for loss in (whole, broken):
+        hear(loss, 1, parts[0], parts[1])
+    hear(broken, 2, parts[2])
+    taken_up.load_state_dict(broken.state_dict())
+    hear(taken_up, 2, parts[3])
+    hear(whole, 2, parts[2], parts[3])
+    for loss in (whole, taken_up):
+        loss.start_epoch(3, 9)
+    assert all(torch.equal(whole.state_dict()[name], value) for name, value in taken_up.state_dict().items())
+    assert taken_up.known_N.sum() == 40
+
+
+def test_an_image_that_comes_twice_is_remembered_by_the_mean() -> None:
+    """As class-balanced sampling draws them."""
+    loss, z_EBC = recalling(), case(batch=4)[0]
+    hear(loss, 1, (z_EBC[:, :3], torch.tensor([7, 7, 5])), (z_EBC[:, 3:], torch.tensor([7])))
+    loss.start_epoch(2, 9)
+    common_BC = (z_EBC + loss.common_E1C).mean(0)
+    torch.testing.assert_close(loss.said_NC[7], common_BC[[0, 1, 3]].mean(0))
+    torch.testing.assert_close(loss.said_NC[5], common_BC[2])
+    assert loss.known_N.nonzero().flatten().tolist() == [5, 7]
+
+
+def test_the_engine_says_which_images_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both halves of a mixed image, and of which of the two there is more."""
+    said: list[tuple[str, Tensor, float]] = []
+    kind = losses.load("composed")
+    forward, remember, labels = kind.forward, kind.remember, split().labels
+
+    def listen(self: losses.BaseLoss, logits: Tensor, labels_B: Tensor, weight: float, places_B: Tensor) -> Tensor:
+        assert torch.equal(labels[places_B], labels_B)
+        said.append(("forward", places_B, weight))
+        value: Tensor = forward(self, logits, labels_B, weight, places_B)
+        return value
+
+    def keep(self: losses.BaseLoss, logits: Tensor, places_B: Tensor) -> None:
+        assert not logits.requires_grad
+        said.append(("remember", places_B, 0.0))
+        remember(self, logits, places_B)
+
+    monkeypatch.setattr(kind, "forward", listen)
+    monkeypatch.setattr(kind, "remember", keep)
+    train("composed", epochs=6, batch_size=48)  # a batch an epoch: every image comes once, and once as a partner
+    assert [name for name, *_ in said] == ["forward", "forward", "remember"] * 6
+    for own, partner, kept in zip(said[::3], said[1::3], said[2::3], strict=True):
+        assert own[2] + partner[2] == pytest.approx(1)
+        assert sorted(own[1].tolist()) == sorted(partner[1].tolist()) == list(range(48))
+        assert not torch.equal(own[1], partner[1])
+        assert torch.equal(kept[1], (own if own[2] >= 0.5 else partner)[1])
+    assert {own[2] >= 0.5 for own in said[::3]} == {True, False}
+
+
+def test_recall_needs_to_know_its_images() -> None:
+    z_EBC, labels_B = case()
+    with pytest.raises(ValueError, match=r"recall = 0\.4 needs to know which images it sees"):
+        recalling()(z_EBC, labels_B)
+    assert not composed().remembers and not any("_N" in name for name in composed().state_dict())
 
 
 # The screen

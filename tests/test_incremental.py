@@ -692,6 +692,10 @@ def test_cells_are_found_by_their_names():
         ({"trainings": {"replay": {"teacher": "bias_layer"}}}, "no effect without distillation"),
         ({"recipes": {"digits": {"first": {"weight_average": 0.9}}}}, "weight_average must be 0"),
         ({"recipes": {"digits": {"first": {"network": {"width": 4}}, "body": "preactivation"}}}, "width: 4; with body"),
+        (
+            {"recipes": {"digits": {"first": {"network": {"shared_groups": 2}}, "body": "preactivation"}}},
+            "shared_groups: with",
+        ),
         ({"readouts": {"energy_aligning": {"reading": "none"}}}, "reading"),
     ],
 )

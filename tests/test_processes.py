@@ -43,7 +43,7 @@ def flat(network: bytes) -> torch.Tensor:
     return torch.cat(weights)
 
 
-@pytest.mark.parametrize("method", ["gala", "balpoe"])
+@pytest.mark.parametrize("method", ["gala", "balpoe", "composed"])
 def test_two_processes_are_one_with_the_joint_batch(tmp_path, method):
     """Tolerance: 1e-4 of the weights' norm, after 24 steps with mixup, CutMix, averaging and joint batch norm."""
     finished(torchrun(tmp_path, method=method, sync_batch_norm=True))
@@ -66,8 +66,9 @@ def test_two_processes_are_one_that_accumulates_two_parts(tmp_path):
     assert (flat(one.last) - flat((tmp_path / "last.safetensors").read_bytes())).norm() < 1e-4 * flat(one.last).norm()
 
 
-def test_resume_after_one_process_was_killed(tmp_path):
-    options = {"epochs": 12, "checkpoint": str(tmp_path / "c.pt")}
+@pytest.mark.parametrize("method", ["gala", "composed"])
+def test_resume_after_one_process_was_killed(tmp_path, method):
+    options = {"method": method, "epochs": 12, "checkpoint": str(tmp_path / "c.pt")}
     finished(torchrun(tmp_path / "whole", **{**options, "checkpoint": str(tmp_path / "w.pt")}))
     process = torchrun(tmp_path, **options)
     while not (tmp_path / "c.pt").exists():

@@ -2,9 +2,9 @@
 
 ResNets for 32x32 images (He et al., CVPR 2016, section 4.2; depth 6n + 2, shortcut option A: subsample and pad with
 zeros) and for larger ones (torchvision's blocks). The stem and the first groups of blocks are shared; the last two
-groups and the head belong to each expert (Sanchez Aimar et al., CVPR 2023). On the features of a frozen backbone there
-are heads alone. A network carries its own settings and its normalisation, so a weights file says all that prediction
-needs.
+groups and the head belong to each expert (Sanchez Aimar et al., CVPR 2023), or, of a CIFAR ResNet that shares two, the
+last one (as in SHIKE: Jin et al., CVPR 2023). On the features of a frozen backbone there are heads alone. A network
+carries its own settings and its normalisation, so a weights file says all that prediction needs.
 
 B batch, C classes, E experts, D features.
 """
@@ -103,11 +103,11 @@ def scaled_head(head: Any, factor_C: Tensor) -> Any:
 
 
 class Expert(nn.Module):
-    """The part that an expert has to itself: the second and third group of blocks and a head."""
+    """The part that an expert has to itself: the second and third group of blocks, or the third alone, and a head."""
 
-    def __init__(self, blocks: int, width: int, classes: int, head: str, scale: float):
+    def __init__(self, blocks: int, width: int, classes: int, head: str, scale: float, *, shared_groups: int):
         super().__init__()
-        self.group2 = group(blocks, width, 2 * width, stride=2)
+        self.group2 = group(blocks, width, 2 * width, stride=2) if shared_groups == 1 else nn.Sequential()
         self.group3 = group(blocks, 2 * width, 4 * width, stride=2)
         self.head = HEADS[head](4 * width, classes, scale)
 
@@ -176,6 +176,7 @@ class ResNet(Network):
         head: linear or cosine.
         scale: of the cosine head's logits.
         mean, std: normalisation of images in [0, 1], a value a channel; carried along for prediction.
+        shared_groups: how many of the three groups of blocks the experts share, 1 or 2.
     """
 
     def __init__(
@@ -190,23 +191,28 @@ class ResNet(Network):
         scale: float,
         mean: list[float],
         std: list[float],
+        shared_groups: int = 1,
     ):
         super().__init__({
             "channels": channels, "classes": classes, "experts": experts, "depth": depth, "width": width,
             "head": head, "scale": scale, "mean": mean, "std": std,
+            **({"shared_groups": shared_groups} if shared_groups != 1 else {}),  # files of before have no such key
         })  # fmt: skip
         blocks = (depth - 2) // 6
         self.conv1 = nn.Conv2d(channels, width, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.group1 = group(blocks, width, width, stride=1)
-        self.experts = nn.ModuleList(Expert(blocks, width, classes, head, scale) for _ in range(experts))
+        self.group2 = group(blocks, width, 2 * width, stride=2) if shared_groups == 2 else nn.Sequential()
+        self.experts = nn.ModuleList(
+            Expert(blocks, width, classes, head, scale, shared_groups=shared_groups) for _ in range(experts)
+        )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images (B, channels, H, W) to logits (E, B, C) in float32."""
-        x = run_blocks(norm_relu(self.conv1(images), self.bn1), [*self.group1])
+        x = run_blocks(norm_relu(self.conv1(images), self.bn1), [*self.group1, *self.group2])
         return torch.stack([expert(x) for expert in self.experts])
 
 

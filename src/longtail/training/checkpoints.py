@@ -46,9 +46,10 @@ class Checkpoint:
             return None
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
+            found = state.get("identity")
         except Exception as error:  # whole or not there, so this is another program's or a failing disk's file
             raise ValueError(f"{self.path}: not a readable checkpoint ({error}); remove it to train anew") from error
-        return state if state.get("identity") == self.identity else None
+        return state if found == self.identity else None
 
     def due(self) -> bool:
         """Whether the last one is `every_s` ago."""

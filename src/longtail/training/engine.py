@@ -260,15 +260,19 @@ class Training:
             optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         for part in range(self.accumulate):  # of the rows that as many processes would have
-            images, labels, partner_labels = (tensor[part :: self.accumulate] for tensor in batch[:3])
+            images, labels, partner_labels, places, partner_places = (
+                tensor[part :: self.accumulate] for tensor in batch[:5]
+            )
             with torch.autocast(self.device.type, inference.DTYPES[self.precision], enabled=self.precision != "fp32"):
                 logits_EBC = self.forward(images)
             if self.gradients:
                 logits_EBC.register_hook(self._add_gradients)
             share = len(labels) / batch.size  # losses are means over what they see, the step is over the joint batch
-            value = self.loss(logits_EBC, labels, batch.weight * share)
+            value = self._loss(logits_EBC, labels, places, batch.weight * share)
             if batch.weight < 1:
-                value = value + self.loss(logits_EBC, partner_labels, (1 - batch.weight) * share)
+                value = value + self._loss(logits_EBC, partner_labels, partner_places, (1 - batch.weight) * share)
+            if self.loss.remembers:
+                self.loss.remember(logits_EBC.detach(), places if batch.weight >= 0.5 else partner_places)
             self.scaler.scale(value).backward()
             with torch.no_grad():
                 predictions = networks.product(logits_EBC).argmax(1)
@@ -288,6 +292,9 @@ class Training:
             now = self._averaged_tensors()
             torch._foreach_lerp_([self.average[key] for key in now], [*now.values()], 1 - decay)
         self.bad_batch = torch.where((self.bad_batch < 0) & ~total.isfinite(), self.batch, self.bad_batch)
+
+    def _loss(self, logits_EBC: Tensor, labels: Tensor, places: Tensor, weight: float) -> Any:
+        return self.loss(logits_EBC, labels, weight, *([places] if self.loss.remembers else []))
 
     def _add_gradients(self, gradient_EBC: Tensor) -> None:
         gradient_EBC = gradient_EBC.double() / self.scaler.get_scale()

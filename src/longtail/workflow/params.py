@@ -162,6 +162,7 @@ class Network(Block):
 class CifarNetwork(Network):
     depth: Annotated[int, Field(ge=8, le=1202)]  # He et al.'s deepest
     width: Annotated[int, Field(ge=4, le=1024, multiple_of=4)]
+    shared_groups: Annotated[int, Field(ge=1, le=2)] = 1
 
     @model_validator(mode="after")
     def _depth(self) -> "CifarNetwork":
@@ -481,6 +482,8 @@ class IncrementalRecipe(Block):
             raise ValueError("first.weight_average must be 0: a step goes on from the network itself")
         if self.first.network.head == "cosine" and not self.bias:
             raise ValueError("bias: false is of a linear head; a cosine head has none")
+        if self.body == "preactivation" and self.first.network.shared_groups != 1:
+            raise ValueError("first.network.shared_groups: with body: preactivation experts share the first alone")
         if self.body == "preactivation" and self.first.network.width < 8:  # oneDNN writes beyond its memory (NOTES.md)
             raise ValueError(f"first.network.width: {self.first.network.width}; with body: preactivation at least 8")
         if self.later is not None:
