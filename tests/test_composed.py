@@ -190,10 +190,10 @@ def test_accuracy_of_late_by_hand() -> None:
     """One image right, then one wrong, of class 2; the other classes have seen nothing."""
     loss = composed(focus=0.5, taus=[1.0])
     right_EBC = torch.tensor([[[0.0, 0.0, 5.0, 0.0, 0.0]]])
-    loss(right_EBC, torch.tensor([2]))
+    loss.remember(right_EBC, torch.tensor([2]), torch.tensor([0]))
     loss.after_step()
     assert loss.accuracy_C.tolist() == pytest.approx([0, 0, 1 / 50, 0, 0])
-    loss(right_EBC.roll(1, 2), torch.tensor([2]))
+    loss.remember(right_EBC.roll(1, 2), torch.tensor([2]), torch.tensor([0]))
     loss.after_step()
     assert loss.accuracy_C.tolist() == pytest.approx([0, 0, 49 / 2500, 0, 0])
     weights_C = loss.class_weights()
@@ -201,19 +201,9 @@ def test_accuracy_of_late_by_hand() -> None:
     assert (weights_C[2] / weights_C[0]).item() == pytest.approx((1 - 49 / 2500) ** 0.5)
 
 
-def test_mixed_images_count_by_their_weight() -> None:
-    whole, parts = (composed(focus=0.5) for _ in range(2))
-    z_EBC, labels_B = case()
-    whole(z_EBC, labels_B)
-    parts(z_EBC, labels_B, 0.3)
-    parts(z_EBC, labels_B, 0.7)
-    whole.after_step(), parts.after_step()
-    torch.testing.assert_close(whole.accuracy_C, parts.accuracy_C)
-
-
 def test_accuracy_is_in_a_checkpoint() -> None:
     loss, other = composed(focus=0.5), composed(focus=0.5)
-    loss(*case())
+    loss.remember(*case(), torch.arange(40))
     loss.after_step()
     other.load_state_dict(loss.state_dict())
     assert torch.equal(other.class_weights(), loss.class_weights()) and loss.accuracy_C.any()
@@ -250,7 +240,7 @@ def hear(loss: losses.BaseLoss, epoch: int, *steps: tuple[Tensor, Tensor]) -> No
     """An epoch of logits and the places of their images."""
     loss.start_epoch(epoch, 9)
     for z_EBC, places_B in steps:
-        loss.remember(z_EBC, places_B)
+        loss.remember(z_EBC, torch.zeros_like(places_B), places_B)  # labels are focus's business
         loss.after_step()
 
 
@@ -339,10 +329,10 @@ def test_the_engine_says_which_images_they_are(monkeypatch: pytest.MonkeyPatch) 
         value: Tensor = forward(self, logits, labels_B, weight, places_B)
         return value
 
-    def keep(self: losses.BaseLoss, logits: Tensor, places_B: Tensor) -> None:
-        assert not logits.requires_grad
+    def keep(self: losses.BaseLoss, logits: Tensor, labels_B: Tensor, places_B: Tensor) -> None:
+        assert not logits.requires_grad and torch.equal(labels[places_B], labels_B)
         said.append(("remember", places_B, 0.0))
-        remember(self, logits, places_B)
+        remember(self, logits, labels_B, places_B)
 
     monkeypatch.setattr(kind, "forward", listen)
     monkeypatch.setattr(kind, "remember", keep)
@@ -356,10 +346,12 @@ def test_the_engine_says_which_images_they_are(monkeypatch: pytest.MonkeyPatch) 
     assert {own[2] >= 0.5 for own in said[::3]} == {True, False}
 
 
-def test_recall_needs_to_know_its_images() -> None:
+@pytest.mark.parametrize("changes", [{"recall": 0.4}, {"focus": 0.5}])
+def test_who_does_not_say_which_images_they_are_is_told(changes: dict) -> None:
     z_EBC, labels_B = case()
-    with pytest.raises(ValueError, match=r"recall = 0\.4 needs to know which images it sees"):
-        recalling()(z_EBC, labels_B)
+    with pytest.raises(ValueError, match=r"recall = .* and focus = .*: what is not 0 needs places_B"):
+        composed(**changes)(z_EBC, labels_B)
+    composed(**changes).eval()(z_EBC, labels_B)
     assert not composed().remembers and not any("_N" in name for name in composed().state_dict())
 
 

@@ -43,16 +43,20 @@ class Slower(BaseLoss):
         super().__init__()
         self.loss, self.part = loss, part
         self.scale, self.experts = loss.scale, loss.experts
-        self.class_balanced_sampling = loss.class_balanced_sampling
+        self.class_balanced_sampling, self.remembers = loss.class_balanced_sampling, loss.remembers
         self.__dict__["slower"] = parameters if part < 1 else []  # not parameters of the loss
         self.__dict__["before"] = None  # no state either: it is what the parameters are between two steps
 
-    def forward(self, logits_EBC: Tensor, labels_B: Tensor, weight: float = 1.0) -> Tensor:
+    def forward(self, logits_EBC: Tensor, labels_B: Tensor, weight: float = 1.0, *places_B: Tensor) -> Tensor:
         """That of the loss."""
         if self.__dict__["before"] is None:
             self.__dict__["before"] = [parameter.detach().clone() for parameter in self.__dict__["slower"]]
-        value: Tensor = self.loss(logits_EBC, labels_B, weight)
+        value: Tensor = self.loss(logits_EBC, labels_B, weight, *places_B)
         return value
+
+    def remember(self, logits_EBC: Tensor, labels_B: Tensor, places_B: Tensor) -> None:
+        """That of the loss."""
+        self.loss.remember(logits_EBC, labels_B, places_B)
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
         """That of the loss."""

@@ -34,10 +34,10 @@ class BaseLoss(nn.Module):
     def start_epoch(self, epoch: int, epochs: int) -> None:
         """Called before the first step of `epoch` (from 1) of `epochs`, and again where training is taken up in it."""
 
-    def remember(self, logits_EBC: Tensor, places_B: Tensor) -> None:
-        """Called after `forward` with the logits, which nothing flows back from, and the places of their images.
+    def remember(self, logits_EBC: Tensor, labels_B: Tensor, places_B: Tensor) -> None:
+        """Called after `forward` with the logits, which nothing flows back from: each image of the batch comes once.
 
-        A mixed image counts as the one of the two that there is more of.
+        A mixed image counts as the one of the two that there is more of; labels and places are that one's.
         """
 
     def after_step(self) -> None:

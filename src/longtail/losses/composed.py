@@ -95,7 +95,7 @@ class Loss(BaseLoss):
         self.register_buffer("accuracy_C", torch.zeros_like(self.margin_C))
         # images of the step, and those of them that are right; empty between steps
         self.step_2C = torch.zeros(2, len(counts_C), device=counts_C.device)
-        self.recall, self.remembers = recall, recall > 0
+        self.recall, self.remembers = recall, recall > 0 or focus > 0
         self.heard: list[tuple[Tensor, Tensor]] = []  # places and what was said of them in the step; empty between
         if recall:
             size, device = (int(counts_C.sum()), len(counts_C)), counts_C.device
@@ -108,20 +108,19 @@ class Loss(BaseLoss):
     def forward(
         self, logits_EBC: Tensor, labels_B: Tensor, weight: float = 1.0, places_B: Tensor | None = None
     ) -> Tensor:
-        """Mean over experts and batch, in nats; in training it is seen which images the product has right.
+        """Mean over experts and batch, in nats.
 
-        `places_B` are the images' places in the training split, which `recall` needs in training and which nothing
-        else looks at.
+        `places_B` are the images' places in the training split, which `recall` looks at in training.
 
         Raises ValueError when the network has another number of experts than there are taus, for a margin where the
-        logits are no cosines times a scale other than 1, and for a recall of images without places.
+        logits are no cosines times a scale other than 1, and in training for a recall or focus without places: who does
+        not say them does not call `remember` either.
         """
         if len(logits_EBC) != self.experts:
             raise ValueError(f"{len(logits_EBC)} experts for {self.experts} taus")
-        if self.training and self.recall and places_B is None:
-            raise ValueError(f"recall = {self.recall:g} needs to know which images it sees; only `train` stages say so")
-        if self.training and self.focus:
-            self._look(logits_EBC.detach(), labels_B, weight)
+        if self.training and self.remembers and places_B is None:
+            what = f"recall = {self.recall:g} and focus = {self.focus:g}"
+            raise ValueError(f"{what}: what is not 0 needs places_B, which images they are, and a call of remember")
         shifted_EBC = (self._with_margin(logits_EBC, labels_B) if self.margin else logits_EBC) + self.shift_E1C
         labels_EB = labels_B.expand(self.experts, -1)
         taught = self.teach > 0 and self.experts > 1
@@ -199,14 +198,13 @@ class Loss(BaseLoss):
         self.saying_NC.zero_(), self.seen_N.zero_(), self.epoch.fill_(epoch)
 
     @torch.no_grad()
-    def remember(self, logits_EBC: Tensor, places_B: Tensor) -> None:
-        """What the experts say of the images, at the common prior, for the next epoch."""
-        self.heard.append((places_B, (logits_EBC + self.common_E1C).mean(0)))
-
-    @torch.no_grad()
-    def _look(self, logits_EBC: Tensor, labels_B: Tensor, weight: float) -> None:
-        right_B = (logits_EBC.mean(0).argmax(1) == labels_B).float()
-        self.step_2C.index_add_(1, labels_B, weight * torch.stack([torch.ones_like(right_B), right_B]))
+    def remember(self, logits_EBC: Tensor, labels_B: Tensor, places_B: Tensor) -> None:
+        """Which images the product has right; what the experts say of them at the common prior, for the next epoch."""
+        if self.focus:
+            right_B = (logits_EBC.mean(0).argmax(1) == labels_B).float()
+            self.step_2C.index_add_(1, labels_B, torch.stack([torch.ones_like(right_B), right_B]))
+        if self.recall:
+            self.heard.append((places_B, (logits_EBC + self.common_E1C).mean(0)))
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -272,7 +272,8 @@ class Training:
             if batch.weight < 1:
                 value = value + self._loss(logits_EBC, partner_labels, partner_places, (1 - batch.weight) * share)
             if self.loss.remembers:
-                self.loss.remember(logits_EBC.detach(), places if batch.weight >= 0.5 else partner_places)
+                most = (labels, places) if batch.weight >= 0.5 else (partner_labels, partner_places)
+                self.loss.remember(logits_EBC.detach(), *most)
             self.scaler.scale(value).backward()
             with torch.no_grad():
                 predictions = networks.product(logits_EBC).argmax(1)
