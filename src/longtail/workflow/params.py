@@ -280,7 +280,14 @@ class Indexed(Block):
 
 
 class Fuse(Block):
-    fuse: list[Name] = Field(min_length=2)
+    fuse: list[Name] = Field(min_length=1)
+    mirrored: bool = False  # whether it looks at mirror images, too
+
+    @model_validator(mode="after")
+    def _is_another_network(self) -> "Fuse":
+        if len(self.fuse) == 1 and not self.mirrored:
+            raise ValueError(f"fuse names {self.fuse[0]} alone, whose network it is already; or mirrored: true")
+        return self
 
 
 class Evaluate(Block):
