@@ -358,25 +358,26 @@ def test_who_does_not_say_which_images_they_are_is_told(changes: dict) -> None:
 # The screen
 
 
-def design() -> tuple[dict, np.ndarray]:
-    """The blocks of the plan `composing`, and which parts each has."""
-    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    blocks = {name: params["methods"][name] for name in params["plans"]["composing"]["methods"]}
-    return blocks, np.array([[part(block) for part in EFFECTS.PARTS.values()] for block in blocks.values()], float)
+PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+
+
+def design(plan: str = "composing") -> np.ndarray:
+    """Which parts each run of a screen has."""
+    return np.array([*EFFECTS.parts(plan, PARAMS).values()], float)
 
 
 def test_the_screen_is_plackett_and_burman_s() -> None:
     """Every part is on in six runs, any two in three; what is on is the same everywhere, and one run is BalPoE."""
-    blocks, on = design()
+    on, blocks = design(), [PARAMS["methods"][name] for name in PARAMS["plans"]["composing"]["methods"]]
     signs = 2 * on - 1
     assert len(blocks) == 12 and np.array_equal(signs.T @ signs, 12 * np.eye(5)) and not signs.sum(0).any()
     for name in ("teach", "focus", "consensus", "margin"):
-        assert len({block[name] for block in blocks.values()}) == 2
+        assert len({block[name] for block in blocks}) == 2
     assert sum(not row.any() for row in on) == 1
 
 
 def test_effects_are_found_where_they_are() -> None:
-    _, on = design()
+    on = design()
     truth = np.array([-1.0, 2.0, 0.5, 0.0, 0.25])
     found, error = EFFECTS.effects(50 + on @ truth, on)
     assert found == pytest.approx(truth) and error == pytest.approx(0, abs=1e-9)
@@ -390,31 +391,29 @@ def test_effects_are_found_where_they_are() -> None:
 
 
 def test_the_table_of_effects() -> None:
-    blocks, on = design()
     right = dict.fromkeys(("accuracy", "many", "medium", "few"), 0.5)
     results = {
-        name: {"raw": right | {"few": 0.3 + 0.02 * row[1]}, "aligned_on_train": right}
-        for name, row in zip(blocks, on, strict=True)
+        run: {"raw": right | {"few": 0.3 + 0.02 * row[1]}, "aligned_on_train": right}
+        for run, row in EFFECTS.parts("composing", PARAMS).items()
     }
-    lines = EFFECTS.table(blocks, results).splitlines()
+    lines = EFFECTS.table("composing", PARAMS, results).splitlines()
     assert lines[3] == "| teach | +0.0 | +0.0 | +0.0 | +2.0 | +0.0 |"
     assert lines[-1] == "| standard error of each | 0.0 | 0.0 | 0.0 | 0.0 | 0.0 |"
 
 
 def test_a_screen_with_a_cell_missing_is_named(tmp_path) -> None:
-    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text(encoding="utf-8"), encoding="utf-8")
     with pytest.raises(ValueError, match=r"fast/screen_01/1/metrics\.json is missing; longtail run composing"):
-        EFFECTS.read(tmp_path)
+        EFFECTS.read(tmp_path, "composing", PARAMS)
+    with pytest.raises(ValueError, match="quick is no screen; there are composing"):
+        EFFECTS.main(["quick"])
 
 
 def test_the_page_has_the_table_of_what_is_committed() -> None:
-    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     page = (ROOT / "docs/composed.md").read_text(encoding="utf-8")
-    assert EFFECTS.table(params["methods"], EFFECTS.read(ROOT)) in page
+    assert EFFECTS.table("composing", PARAMS, EFFECTS.read(ROOT, "composing", PARAMS)) in page
 
 
 def test_the_runs_of_the_screen_are_called_what_they_are() -> None:
-    blocks, on = design()
-    for name, row in zip(blocks, on, strict=True):
-        parts = [part for part, there in zip(EFFECTS.PARTS, row, strict=True) if there]
+    for (_, name), row in EFFECTS.parts("composing", PARAMS).items():
+        parts = [part for part, there in zip(EFFECTS.SCREENS["composing"], row, strict=True) if there]
         assert answers.METHODS[name] == f"BalPoE with {', '.join(parts) or 'nothing'}"
