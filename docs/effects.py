@@ -47,11 +47,12 @@ def effects(values: Sequence[float], on: np.ndarray) -> tuple[np.ndarray, float]
 
 def parts(plan: str, params: Mapping[str, Any]) -> dict[tuple[str, str], list[bool]]:
     """{(recipe, method): which parts of the screen it has}, of every run of a plan."""
-    block = params["plans"][plan]
+    block, recipes, methods = params["plans"][plan], params["recipes"], params["methods"]
     return {
-        (recipe, method): [part(params["recipes"][recipe], params["methods"][method]) for part in SCREENS[plan].values()]
-        for recipe in block["recipes"] for method in block["methods"]
-    }  # fmt: skip
+        (recipe, method): [has(recipes[recipe], methods[method]) for has in SCREENS[plan].values()]
+        for recipe in block["recipes"]
+        for method in block["methods"]
+    }
 
 
 def table(plan: str, params: Mapping[str, Any], results: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
