@@ -54,7 +54,9 @@ def split(every: int = 1) -> batches.Split:
     return batches.Split.from_arrays(images.astype(np.uint8)[::every], labels[::every], 3, "cpu")
 
 
-def train(method: str = "gala", seed: int = 0, checkpoint: Checkpoint | None = None, **changes) -> engine.Fitted:
+def train(
+    method: str = "gala", seed: int = 0, checkpoint: Checkpoint | None = None, on_epoch=lambda row: None, **changes
+) -> engine.Fitted:
     """The training, with changes to RECIPE."""
     whole = split()
     inference.set_up(seed)
@@ -64,7 +66,7 @@ def train(method: str = "gala", seed: int = 0, checkpoint: Checkpoint | None = N
         mean=[0.3] * 3, std=[0.3] * 3,
     ).to(memory_format=torch.channels_last)  # fmt: skip
     return engine.fit(
-        network, loss, whole, split(3), split(2), seed=seed, on_epoch=lambda row: None,
+        network, loss, whole, split(3), split(2), seed=seed, on_epoch=on_epoch,
         checkpoint=checkpoint or Checkpoint(None, ""), **{**RECIPE, **changes},
     )  # fmt: skip
 

@@ -181,6 +181,11 @@ def test_who_says_the_same_at_the_common_prior_teaches_nothing() -> None:
     assert composed(teach=5.0).double()(same_EBC, labels_B) > composed().double()(same_EBC, labels_B) + 0.1
 
 
+def test_two_classes_have_no_consensus() -> None:
+    with pytest.raises(ValueError, match=r"consensus = 0\.5 compares wrong classes, of which two classes have one"):
+        losses.load("composed")(torch.tensor([3, 2]), **NOTHING | {"consensus": 0.5})
+
+
 def test_one_expert_has_no_teacher() -> None:
     z_EBC, labels_B = case(experts=1)
     assert torch.equal(*(composed(teach=t, taus=[1.0])(z_EBC, labels_B) for t in (0.0, 3.0)))

@@ -83,6 +83,11 @@ def test_a_name_that_is_taken_or_none(here: Path) -> None:
         new.new("digits", new.Chosen(name="smoke"))
     with pytest.raises(ValueError, match=r"--name 'A B'"):
         new.new("digits", new.Chosen(name="A B"))
+    before = (here / "params.yaml").read_text()
+    for name in ("my-birds", "my birds", "birds_", 50 * "b"):  # features have a name of their own, a longer one
+        with pytest.raises(ValueError, match=r"--name '|at most 50 characters"):
+            new.new("digits", new.Chosen(name=name))
+    assert (here / "params.yaml").read_text() == before
 
 
 @pytest.mark.parametrize(("side", "size", "backbone"), [(20, 32, ""), (100, 96, ""), (300, 224, "_224")])

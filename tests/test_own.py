@@ -169,7 +169,15 @@ def test_tables_say_the_same_as_csv_and_parquet(tmp_path: Path) -> None:
     root, rows = listing.read(tmp_path / "t.parquet")
     assert root == tmp_path
     assert rows == [listing.Row("a.png", "0", None, "train"), listing.Row("b.png", "1", "x", "test")]
-    assert listing.read(tmp_path / "t.csv")[1][1] == rows[1]
+    assert listing.read(tmp_path / "t.csv")[1] == rows
+
+
+def test_names_that_look_like_numbers_are_names(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("path,label,group\n0001,01,1\n0002,1,01\n0003,1e3,\n")
+    assert listing.read(tmp_path / "t.csv")[1] == [
+        listing.Row("0001", "01", "1", None), listing.Row("0002", "1", "01", None),
+        listing.Row("0003", "1e3", None, None),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -286,6 +294,21 @@ def test_copies_of_one_label_stay_together() -> None:
         sides = [part for part in ("train", "test") if (found[f"{part}_images"][:, 0, 0, 0] == 0).any()]
         assert len(sides) == 1
         assert report["copies_kept_together"] == 1
+
+
+def test_groups_and_copies_stay_together_in_what_is_held_out() -> None:
+    """Twenty groups of three in each class, and a copy: a cut that holds a fifth out tears none of them."""
+    groups = [n // 3 for n in range(120)]
+    contents = [*range(119), 0]  # the last one is a copy of the first, in another group
+    many = [listing.Row(f"{n:03}.png", "ab"[n % 60 // 30], str(groups[n])) for n in range(120)]
+    many[119] = listing.Row("119.png", "a", "39")
+    found, _ = own.arrays(many, values(contents), **RULE | {"test_per_class": 12})
+    cut = long_tail.cut(found, profile="as_is", seed=0, held_out=0.2)
+    of = {content: group for content, group in zip(contents[:119], groups[:119], strict=True)} | {0: groups[0]}
+    sides = [{of[int(image[0, 0, 0])] for image in cut[f"{part}_images"]} for part in ("train", "held_out")]
+    assert len(sides[1]) > 3 and not sides[0] & sides[1]
+    plain, _ = own.arrays(rows("aaabbb"), values([*range(6)]), **RULE)
+    assert long_tail.GROUPS not in plain  # nothing belongs together
 
 
 def test_a_copy_with_another_label_is_refused() -> None:
@@ -416,6 +439,7 @@ def test_embeddings_from_npy_and_from_parquet_are_the_same(tmp_path: Path) -> No
         (np.zeros((9, 5)), r"float64 of shape \(9, 5\); allowed are numbers \(10, D\)"),
         (np.zeros(10), "float64 of shape"),
         (np.full((10, 2), np.nan), "row 0 is not finite"),
+        (np.full((10, 2), 1e39), "row 0 is not finite in float32"),
         (np.zeros((10, 2), int), "int64 of shape"),
     ],
 )

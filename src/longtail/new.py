@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from tqdm import tqdm
 
 from longtail.data import listing, long_tail, own, sources
@@ -71,7 +72,7 @@ def new(where: str, chosen: Chosen, *, params_file: Path = Path("params.yaml")) 
     """
     params = schema.load(params_file)
     name = chosen.name or re.sub(r"[^a-z0-9]+", "_", Path(_whole(where)).stem.lower()).strip("_")
-    if not re.match(schema.NAME_PATTERN, name):
+    if not re.fullmatch(schema.NAME_PATTERN, name):
         raise ValueError(f"--name {name!r}: lower-case letters and digits, parted by '_'")
     there = params["sources"].get(name)
     path = _whole(where)
@@ -98,9 +99,11 @@ def new(where: str, chosen: Chosen, *, params_file: Path = Path("params.yaml")) 
             changed = inserted(changed, section, key, block)
         elif there is None or section == "plans":
             raise ValueError(f"{section}.{key} is in params.yaml already; give this one a --name")
+    params, plan = yaml.safe_load(changed), plan_of(name, chosen)
+    schema.validate(params)
+    steps = pipeline.text(plan, params)
     files.write_text(params_file, changed)
-    params, plan = schema.load(params_file), plan_of(name, chosen)
-    files.write_text(pipeline.file(plan), pipeline.text(plan, params))
+    files.write_text(pipeline.file(plan), steps)
     if found.backbone and not chosen.tune:
         found.said.append(f"features are frozen in this plan; `longtail new {where} --tune` writes one of fine-tuning")
     return [

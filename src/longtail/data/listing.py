@@ -127,7 +127,7 @@ def read(path: str | Path) -> tuple[Place, list[Row]]:
 
 def table(path: Place) -> dict[str, list[Any]]:
     """The columns of a CSV or Parquet file. Raises ValueError naming a file that is neither."""
-    readers = {".csv": pyarrow.csv.read_csv, ".parquet": pyarrow.parquet.read_table}
+    readers = {".csv": _csv, ".parquet": pyarrow.parquet.read_table}
     if path.suffix not in readers:
         raise ValueError(f"{path}: allowed are a folder of class folders, and tables: {', '.join(TABLES)}")
     try:
@@ -137,6 +137,14 @@ def table(path: Place) -> dict[str, list[Any]]:
     except Exception as error:
         raise ValueError(f"{path}: not readable as {path.suffix} ({error})") from error
     return columns
+
+
+def _csv(file: IO[bytes]) -> pyarrow.Table:
+    """Names are text whatever they look like: 01 and 1 are two."""
+    names = pyarrow.csv.ConvertOptions(
+        column_types=dict.fromkeys(("path", "label", "group", "split"), pyarrow.string())
+    )
+    return pyarrow.csv.read_csv(file, convert_options=names)
 
 
 def rows(places: list[str], columns: dict[str, list[Any]], path: Place) -> list[Row]:
@@ -149,7 +157,8 @@ def rows(places: list[str], columns: dict[str, list[Any]], path: Place) -> list[
         label, group, split = (columns[name][number - 1] if name in columns else None for name in COLUMNS)
         if split not in SPLITS and not (split is None and "split" not in columns):
             raise ValueError(f"{path}: row {number} has the split {split!r}; allowed are train, test")
-        found.append(Row(place, _text(label, path, number, "label"), None if group is None else str(group), split))
+        group = None if group is None or str(group) == "" else str(group)
+        found.append(Row(place, _text(label, path, number, "label"), group, split))
     return found
 
 

@@ -120,14 +120,10 @@ def train(
         raise ValueError(f"{data}: features, not images; a backbone is fine-tuned on images")
     inference.set_up(seed)
     whole, loss = build(splits["train"], cell["method"], method, backbone, recipe["network"], seed)
-    if is_plain(recipe):
-        splits = {name: trunk.passed(whole, split) for name, split in splits.items()}
-    else:  # images that are looked at as they are need the trunk once, too, but what is trained takes one kind
-        splits = {name: split for name, split in splits.items() if name != "test" or recipe["test_every"]}
-    kinds = {split.images.dtype for split in splits.values()}
-    if len(kinds) > 1:
-        raise ValueError(f"{data}: a split is too large to be kept after the trunk, and another is not")
-    network = tuned.Trainable(whole, from_trunk=kinds == {torch.float32})
+    splits = {name: split for name, split in splits.items() if name != "test" or recipe["test_every"]}
+    if is_plain(recipe):  # else held-out images would need the trunk once, too, but what is trained takes one kind
+        splits = trunk.passed(whole, splits)
+    network = tuned.Trainable(whole, from_trunk=splits["train"].images.dtype == torch.float32)
     slower = Slower(loss, network.pretrained(), recipe["network"]["pretrained_lr"])
     settings = {key: value for key, value in recipe.items() if key not in ("network", "normalization")}
     checkpoint = Checkpoint(Path("runs/.checkpoints") / f"{fingerprint}.pt", f"{fingerprint} torch {torch.__version__}")

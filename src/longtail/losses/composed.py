@@ -51,7 +51,10 @@ class Loss(BaseLoss):
         consensus: weight of what all experts agree on and have wrong.
         margin: angle, in radians, of the smallest class.
         margin_power: how fast it falls with the images of a class.
-        recall: weight of what was said of the image an epoch ago; it takes N x C numbers of memory, twice.
+        recall: weight of what was said of the image an epoch ago; it takes N x C numbers of memory, four times
+            at the end of an epoch and twice between.
+
+    Raises ValueError for a consensus of two classes.
     """
 
     shift_E1C: Tensor
@@ -83,6 +86,8 @@ class Loss(BaseLoss):
         super().__init__()
         taus = biases(taus)
         self.experts = len(taus)
+        if consensus and len(class_counts_C) < 3:
+            raise ValueError(f"consensus = {consensus:g} compares wrong classes, of which two classes have one: take 0")
         self.teach, self.teach_at, self.temperature, self.only_right = teach, teach_at, temperature, only_right
         self.focus, self.consensus, self.margin = focus, consensus, margin
         counts_C = class_counts_C.double()
@@ -175,8 +180,7 @@ class Loss(BaseLoss):
         mean_BC = common_EBC.mean(0)
         own_B = mean_BC.gather(1, labels_B.unsqueeze(1)).squeeze(1)
         top_B = mean_BC.gather(1, top_EB[:1].T).squeeze(1)
-        others = max(mean_BC.shape[1] - 2, 1)
-        return agreed_B * (top_B - (mean_BC.sum(1) - own_B - top_B) / others)
+        return agreed_B * (top_B - (mean_BC.sum(1) - own_B - top_B) / (mean_BC.shape[1] - 2))
 
     def _recalled(self, common_EBC: Tensor, labels_B: Tensor, places_B: Tensor) -> Tensor:
         """What was said of each image (B,) an epoch ago, as a teacher: mean over experts, 0 where it was wrong."""
@@ -192,8 +196,7 @@ class Loss(BaseLoss):
         if not self.recall or epoch == int(self.epoch):  # taken up in the middle of it
             return
         shown_N = self.seen_N > 0
-        mean_NC = self.saying_NC / self.seen_N.clamp(min=1).unsqueeze(1)
-        self.said_NC.copy_(torch.where(shown_N.unsqueeze(1), mean_NC, self.said_NC))
+        self.said_NC[shown_N] = self.saying_NC[shown_N] / self.seen_N[shown_N].unsqueeze(1)
         self.known_N |= shown_N
         self.saying_NC.zero_(), self.seen_N.zero_(), self.epoch.fill_(epoch)
 

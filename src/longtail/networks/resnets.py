@@ -150,18 +150,19 @@ class Network(nn.Module):
     Attributes:
         settings: what `build` makes such a network of; channels, classes, experts, mean and std among them.
         experts: what each has to itself, its `head` among it.
-
-    Raises ValueError for a normalisation that does not fit the channels.
     """
 
     experts: nn.ModuleList
 
     def __init__(self, settings: dict[str, Any]):
         super().__init__()
-        channels, means = settings["channels"], len(settings["mean"])
-        if not means == len(settings["std"]) == channels:
-            raise ValueError(f"images have {channels} channel(s), normalization has {means}")
         self.settings = settings
+
+
+def check_normalization(*, channels: int, mean: list[float], std: list[float]) -> None:
+    """Raise ValueError for a normalisation that does not fit images of so many channels."""
+    if not len(mean) == len(std) == channels:
+        raise ValueError(f"images have {channels} channel(s), normalization has {len(mean)}")
 
 
 class ResNet(Network):
@@ -177,6 +178,8 @@ class ResNet(Network):
         scale: of the cosine head's logits.
         mean, std: normalisation of images in [0, 1], a value a channel; carried along for prediction.
         shared_groups: how many of the three groups of blocks the experts share, 1 or 2.
+
+    Raises ValueError for a normalisation that does not fit the channels.
     """
 
     def __init__(
@@ -198,6 +201,7 @@ class ResNet(Network):
             "head": head, "scale": scale, "mean": mean, "std": std,
             **({"shared_groups": shared_groups} if shared_groups != 1 else {}),  # files of before have no such key
         })  # fmt: skip
+        check_normalization(channels=channels, mean=mean, std=std)
         blocks = (depth - 2) // 6
         self.conv1 = nn.Conv2d(channels, width, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -272,7 +276,7 @@ class LargeResNet(Network):
         architecture: a name in ARCHITECTURES.
         the others: as those of ResNet.
 
-    Raises ValueError for an unknown architecture.
+    Raises ValueError for an unknown architecture, and for a normalisation that does not fit the channels.
     """
 
     def __init__(
@@ -291,6 +295,7 @@ class LargeResNet(Network):
             "architecture": architecture, "channels": channels, "classes": classes, "experts": experts,
             "head": head, "scale": scale, "mean": mean, "std": std,
         })  # fmt: skip
+        check_normalization(channels=channels, mean=mean, std=std)
         if architecture not in ARCHITECTURES:
             raise ValueError(f"no architecture {architecture!r}; there are {', '.join(ARCHITECTURES)}")
         self.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
@@ -349,11 +354,10 @@ class HeadsOnFeatures(Network):
         mean: list[float],
         std: list[float],
     ):
-        nn.Module.__init__(self)  # Network's would ask for a mean and std a channel
-        self.settings = {
+        super().__init__({
             "hidden": hidden, "standardize": standardize, "channels": channels, "classes": classes, "experts": experts,
             "head": head, "scale": scale, "mean": mean, "std": std,
-        }  # fmt: skip
+        })  # fmt: skip
         self.norm = nn.BatchNorm1d(channels, affine=False) if standardize else nn.Identity()
         self.experts = nn.ModuleList(FeatureExpert(channels, hidden, classes, head, scale) for _ in range(experts))
 

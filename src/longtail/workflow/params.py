@@ -252,7 +252,7 @@ class FeatureRecipe(Recipe):
     def _nothing_that_needs_images(self) -> "FeatureRecipe":
         off = {"crop_padding": 0, "flip": False, "policy": "none", "color_jitter": [0] * 4, "rotation": 0, "cutout": 0}
         changed = [f"augmentation.{key}" for key, value in off.items() if getattr(self.augmentation, key) != value]
-        changed += [key for key in ("cutmix_alpha",) if getattr(self, key)]
+        changed += [key for key in ("cutmix_alpha", "sync_batch_norm") if getattr(self, key)]
         changed += ["resolution"] if self.resolution.milestones else []
         changed += ["optimizer.muon_lr"] if self.optimizer.muon_lr else []
         changed += ["normalization"] if len(self.normalization.mean) != 1 else []
@@ -684,6 +684,9 @@ def _check_features(value: dict[str, Any], problems: list[str]) -> None:
                 if features != of_features(value, dataset):
                     has, takes = ("features", "images") if not features else ("images", "features (network.hidden)")
                     problems.append(f"plans.{plan}: {dataset} has {has}, and the recipe {recipe} takes {takes}")
+        mirrored = [name for name in block.get("fuse", ()) if value["methods"][name].get("mirrored")]
+        if mirrored and of_features(value, block["datasets"][0]):
+            problems.append(f"plans.{plan}.fuse: {mirrored[0]} is mirrored, and features have no mirror image")
         tuned = [recipe for recipe in block["recipes"] if "backbone" in value["recipes"][recipe]["network"]]
         if tuned and tuned != block["recipes"]:
             problems.append(f"plans.{plan}.recipes: {', '.join(tuned)} fine-tune a backbone; all have to, or none")
