@@ -113,6 +113,13 @@ def test_features_go_through_batches_as_they_are() -> None:
     assert torch.equal(split.images, before)  # nothing was done in place
 
 
+def test_heads_that_were_trained_apart_are_one_network() -> None:
+    settings = {"hidden": 0, "standardize": True, "channels": 6, "classes": 4, "experts": 1, "head": "cosine",
+                "scale": 10.0, "mean": [0.0], "std": [1.0]}  # fmt: skip
+    alone, images = [networks.build(**settings).eval() for _ in range(2)], torch.randn(3, 6, 1, 1)
+    torch.testing.assert_close(networks.Apart(alone)(images), torch.cat([one(images) for one in alone]))
+
+
 def test_what_is_neither_image_nor_features_is_refused() -> None:
     for wrong in (np.zeros((2, 3, 3, 1), np.float32), np.zeros((2, 1, 1, 3)), np.zeros((2, 3), np.float32)):
         with pytest.raises(ValueError, match=r"nor features, float32 \(N, 1, 1, D\)"):
@@ -127,6 +134,7 @@ def test_what_is_neither_image_nor_features_is_refused() -> None:
     [
         ("recipes.probe.augmentation.flip", True, r"have no images: augmentation.flip must be off"),
         ("recipes.probe.cutmix_alpha", 1.0, r"have no images: cutmix_alpha must be off"),
+        ("recipes.probe.sync_batch_norm", True, r"have no images: sync_batch_norm must be off"),
         ("recipes.probe.normalization", {"mean": [0.5] * 3, "std": [0.5] * 3}, r"normalization must be off"),
         ("recipes.probe.network.hidden", -1, r"recipes.probe.network.hidden = -1"),
         ("features.cifar100_ldam_if100_lite0.backbone", "x", r"'x': not in backbones; there are"),
@@ -146,6 +154,14 @@ def test_what_is_neither_image_nor_features_is_refused() -> None:
 def test_what_does_not_fit_is_named(key: str, value: object, said: str) -> None:
     with pytest.raises(params.ParamsError, match=said):
         params.validate(changed(key, value))
+
+
+def test_features_have_no_mirror_image() -> None:
+    values = changed("methods.balpoe_mirrored", {"fuse": ["balpoe"], "mirrored": True})
+    plan = values["plans"]["frozen-cifar100"]
+    plan["methods"], plan["fuse"] = [*plan["methods"], "balpoe_mirrored"], ["balpoe_mirrored"]
+    with pytest.raises(params.ParamsError, match="balpoe_mirrored is mirrored, and features have no mirror image"):
+        params.validate(values)
 
 
 def test_a_recipe_that_the_schema_lets_through_can_be_built() -> None:
