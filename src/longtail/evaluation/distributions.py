@@ -21,8 +21,6 @@ COLUMNS = ("distribution", "images", "correction", "accuracy", "accuracy_sd", "k
 def names(ratios: Sequence[int], per_class: int) -> list[str]:
     """The distributions from the most forward to the most backward: those that so many images of a class allow."""
     falling = sorted((ratio for ratio in ratios if ratio <= per_class), reverse=True)
-    if not falling:
-        return []
     return [*(f"forward{r}" for r in falling), "uniform", *(f"backward{r}" for r in reversed(falling))]
 
 

@@ -338,9 +338,9 @@ class Drawn:
 
     @classmethod
     def of(cls, labels_N: np.ndarray, counts_C: np.ndarray, ratios: Sequence[int], draws: int) -> "Drawn":
-        """As `distributions.evaluate` draws them; none without ratios that there are images for."""
+        """As `distributions.evaluate` draws them; none without ratios."""
         per_class = int(np.bincount(labels_N, minlength=len(counts_C)).min())
-        names = distributions.names(ratios, per_class)
+        names = distributions.names(ratios, per_class) if ratios else []
         wanted = [distributions.frequencies(name, counts_C, per_class) for name in names]
         chosen = [
             [distributions.draw(labels_N, wanted_C, seed) for seed in range(1 if name == "uniform" else draws)]
