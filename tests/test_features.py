@@ -264,6 +264,8 @@ def test_bad_weights_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=said):
             backbones.load(**LOAD, weights=str(weights), **more)
+    with pytest.raises(ValueError, match="sha256: belongs to a weights file; weights are 'none'"):
+        backbones.load(**LOAD, weights="none", sha256="0" * 64)
     with pytest.raises(ValueError, match="'keras' is unknown; allowed are timm, torchvision"):
         backbones.load(**LOAD | {"library": "keras"}, weights="none")
 
@@ -276,6 +278,16 @@ def test_torchvision_by_name() -> None:
     assert found.shape == (2, 512) and found.isfinite().all()
     with pytest.raises(ValueError, match=r"torchvision has no 'resnet17'; it has .*resnet18"):
         backbones.load(library="torchvision", network="resnet17", weights="none")
+
+
+def test_a_resolution_that_the_network_does_not_take_is_named() -> None:
+    with pytest.raises(ValueError, match="resolution: vit_tiny_patch16_224 does not take images of 128 x 128"):
+        backbones.load(library="timm", network="vit_tiny_patch16_224", weights="none", resolution=128)
+
+
+def test_networks_that_transform_their_input_do_so_whatever_the_weights() -> None:
+    made = backbones._torchvision("googlenet", pretrained=False)
+    assert made.network.transform_input is True
 
 
 def test_imagenet_weights_know_what_they_see() -> None:
@@ -355,6 +367,31 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
     calls += [0] * 10
     features.extract("in.npz", "resumed.npz", fingerprint="b", **block)
     assert sum(calls[10:]) == 9 + 5 - 3 * 2 + 3  # what was not there yet, and one image a split to ask for the width
+    assert Path("whole.npz").read_bytes() == Path("resumed.npz").read_bytes()
+
+
+@pytest.mark.usefixtures("tiny")
+def test_shards_of_other_weights_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weights file without a digest may be another one when the run goes on."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(features, "SHARD", 2)
+    data_set(tmp_path / "in.npz")
+    block, plain, calls = LOAD | {"weights": str(tmp_path / "a.pth")}, backbones.Backbone.features, []
+    weights_file(tmp_path / "a.pth")
+
+    def killed(self: backbones.Backbone, images: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return plain(self, images)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(backbones.Backbone, "features", killed)
+        features.extract("in.npz", "out.npz", fingerprint="b", **block)
+    state = torch.load(tmp_path / "a.pth", weights_only=True)
+    torch.save({name: value * 2 for name, value in state.items()}, tmp_path / "a.pth")
+    features.extract("in.npz", "resumed.npz", fingerprint="b", **block)
+    features.extract("in.npz", "whole.npz", fingerprint="c", **block)
     assert Path("whole.npz").read_bytes() == Path("resumed.npz").read_bytes()
 
 

@@ -115,6 +115,25 @@ def test_embeddings_need_no_image(here: Path) -> None:
     assert read(found["sources"]["clip"])["train_images"].shape == (28, 1, 1, 7)
 
 
+def test_other_features_of_the_same_table_are_other_data(here: Path) -> None:
+    labels = "label\n" + "cat\n" * 8 + "dog\n" * 5
+    (here / "emb.csv").write_text(labels)
+    rng = np.random.default_rng(0)
+    for name in ("clip", "dino"):
+        np.save(here / f"{name}.npy", rng.normal(size=(13, 4)).astype(np.float32))
+    new.new("emb.csv", new.Chosen(features="clip.npy"))
+    for other in ("dino.npy", "nowhere.npy"):
+        with pytest.raises(
+            ValueError, match=r"sources.emb.features is '.*clip.npy' in params.yaml, not '.*; give this"
+        ):
+            new.new("emb.csv", new.Chosen(features=other))
+    assert new.new("emb.csv", new.Chosen(features="clip.npy")) == ["sources.emb: as it was"]
+    with_paths = "path,label\n" + "".join(f"{n}.png,{'cat' if n < 8 else 'dog'}\n" for n in range(13))
+    (here / "both.csv").write_text(with_paths)  # features are asked for: the paths are not looked at
+    new.new("both.csv", new.Chosen(features="dino.npy"))
+    assert params.load("params.yaml")["sources"]["both"]["reader"] == "embeddings"
+
+
 def test_a_block_is_written_as_an_experiment_would_leave_it(tmp_path: Path) -> None:
     from dvc.utils.hydra import apply_overrides
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -70,6 +71,15 @@ def test_a_cmyk_jpeg_keeps_its_colour() -> None:
     pixels, facts = decode.decode(data, **PLAIN)
     assert (facts.kind, facts.mode) == ("JPEG", "CMYK")
     assert np.abs(pixels.astype(int) - (200, 30, 60)).max() < 8
+
+
+def test_whole_numbers_of_32_bits_may_have_8_bit_values() -> None:
+    values = np.arange(256, dtype=np.int32).reshape(16, 16)
+    found, facts = decode.decode(encoded(Image.fromarray(values), "TIFF"), **PLAIN | {"size": 16, "channels": 1})
+    assert facts.mode == "I"
+    np.testing.assert_array_equal(found[..., 0], values)
+    found, _ = decode.decode(encoded(Image.fromarray(values * 257), "TIFF"), **PLAIN | {"size": 16, "channels": 1})
+    np.testing.assert_array_equal(found[..., 0], values)
 
 
 def test_exif_orientation_is_a_setting() -> None:
@@ -150,6 +160,36 @@ def test_a_folder_of_class_folders(tmp_path: Path) -> None:
     assert [(row.place, row.label, row.split) for row in rows] == [
         ("cat/000.png", "cat", None), ("cat/001.png", "cat", None), ("dog/poodle/000.png", "dog", None),
     ]  # fmt: skip
+
+
+def test_links_are_followed_and_those_to_nothing_are_named(tmp_path: Path) -> None:
+    make(tmp_path / "data", {"cat": 2, "dog": 1})
+    make(tmp_path / "elsewhere", {"owl": 2})
+    (tmp_path / "data/owl").symlink_to(tmp_path / "elsewhere/owl")
+    (tmp_path / "data/dog/1.png").symlink_to(tmp_path / "data/cat/000.png")
+    _, rows = listing.read(tmp_path / "data")
+    assert [row.label for row in rows] == ["cat", "cat", "dog", "dog", "owl", "owl"]
+    (tmp_path / "data/cat/9.png").symlink_to("nowhere.png")
+    with pytest.raises(ValueError, match=r"cat/9.png: a link to nothing \(nowhere.png\); fetch it"):
+        listing.read(tmp_path / "data")
+    (tmp_path / "data/cat/9.png").unlink()
+    (tmp_path / "data/cat/up").symlink_to(tmp_path / "data")
+    with pytest.raises(ValueError, match="a link to a folder that it lies in"):
+        listing.read(tmp_path / "data")
+
+
+def test_a_name_that_is_no_text_is_named(tmp_path: Path) -> None:
+    make(tmp_path, {"cat": 1})
+    os.makedirs(os.fsencode(str(tmp_path)) + b"/caf\xe9")
+    with pytest.raises(ValueError, match=r"the name 'caf\\udce9' is not UTF-8; rename it"):
+        listing.read(tmp_path)
+
+
+def test_an_image_outside_of_the_class_folders_is_named(tmp_path: Path) -> None:
+    make(tmp_path, {"train/cat": 2, "test/cat": 1})
+    (tmp_path / "train/x.png").write_bytes(encoded(noise(seed=1)))
+    with pytest.raises(ValueError, match=r"train/x\.png is in no class folder; expected train/<class>/x\.png"):
+        listing.read(tmp_path)
 
 
 def test_train_and_test_folders_are_splits(tmp_path: Path) -> None:
@@ -254,6 +294,16 @@ def test_another_class_changes_no_draw() -> None:
     two = split.draw(["a"] * 20 + ["c"] * 9, range(29), test_per_class=5, test_share=0.5, seed=3)
     assert one[:20].tolist() == two[:20].tolist()
     assert one[:20].tolist() != split.draw(["a"] * 20, range(20), test_per_class=5, test_share=0.5, seed=4).tolist()
+
+
+def test_rows_before_a_class_change_no_draw_in_it() -> None:
+    """Groups are row numbers; as text, 10 came before 8."""
+    tests = []
+    for before in (5, 6, 8, 10):
+        labels = ["a"] * before + ["m"] * 12
+        found = split.draw(labels, range(len(labels)), test_per_class=3, test_share=0.5, seed=0)
+        tests.append(np.flatnonzero(found[before:]).tolist())
+    assert tests.count(tests[0]) == 4
 
 
 def test_joined_finds_what_hangs_together() -> None:

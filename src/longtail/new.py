@@ -80,6 +80,12 @@ def new(where: str, chosen: Chosen, *, params_file: Path = Path("params.yaml")) 
     if there is not None:
         if path not in (there.get("path"), there.get("labels")):
             raise ValueError(f"sources.{name} is in params.yaml with other data; give this one a --name")
+        asked = {"features": chosen.features and _whole(chosen.features), "size": chosen.size,
+                 "test_per_class": chosen.test_per_class}  # fmt: skip
+        for key, value in asked.items():
+            if value is not None and value != there.get(key):
+                known_as = f"sources.{name}.{key} is {there.get(key)!r} in params.yaml"
+                raise ValueError(f"{known_as}, not {value!r}; give this one a --name")
         sha256 = _again(there)
         changed = params_file.read_text().replace(there["sha256"], sha256)
         known = [f"sources.{name}: " + ("as it was" if sha256 == there["sha256"] else "samples changed: new sha256")]
@@ -90,7 +96,7 @@ def new(where: str, chosen: Chosen, *, params_file: Path = Path("params.yaml")) 
     else:
         changed = params_file.read_text()
         at = listing.place(path)
-        table = at.suffix in listing.TABLES and "path" not in listing.table(at)
+        table = chosen.features is not None or (at.suffix in listing.TABLES and "path" not in listing.table(at))
         found = _embeddings(name, path, chosen) if table else _images(name, path, chosen)
     if chosen.tune and found.backbone is None:
         raise ValueError("--tune: these are features; a backbone is fine-tuned on images")

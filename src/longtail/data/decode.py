@@ -78,7 +78,9 @@ def eight_bit(image: Image.Image, mode: str) -> Image.Image:
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise BrokenError(f"pixels of {values.min()} to {values.max()}, neither 8 nor 16 bit")
-        image = Image.fromarray(((values.astype(np.int64) + 128) // 257).astype(np.uint8))  # 65535 is 255
+        if image.mode != "I" or values.max() > 255:  # whole numbers of 32 bits may have 8-bit values
+            values = (values.astype(np.int64) + 128) // 257  # 65535 is 255
+        image = Image.fromarray(values.astype(np.uint8))
     if image.mode == "F":
         raise BrokenError("floating-point pixels, whose range is not known")
     return image.convert(mode)

@@ -3,7 +3,8 @@
 Either is a local path, or a URL of any file system that fsspec has (s3://, gs://, https://, memory://, file://).
 """
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -81,12 +82,33 @@ def is_url(path: str | Path) -> bool:
 
 
 def files_under(folder: Place) -> list[str]:
-    """All files below a folder, hidden ones left out, relative to it."""
+    """All files below a folder, hidden ones left out, relative to it; links to folders are followed.
+
+    Raises ValueError naming a link to nothing, to a folder that it lies in, or a name that is not UTF-8, and
+    PermissionError for a folder that cannot be read.
+    """
     if isinstance(folder, Path):
-        found = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+        found = [*_walked(folder, "", [])]
     else:
         found = [name.removeprefix(f"{folder.path.rstrip('/')}/") for name in folder.system.find(folder.path)]
     return [name for name in found if not any(part.startswith(".") for part in name.split("/"))]
+
+
+def _walked(folder: Path, inside: str, above: list[str]) -> Iterator[str]:
+    real = os.path.realpath(folder)
+    if real in above:
+        raise ValueError(f"{folder}: a link to a folder that it lies in")
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name.startswith("."):
+            continue
+        if not entry.name.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in entry.name):
+            raise ValueError(f"{str(folder)!r}: the name {entry.name!r} is not UTF-8; rename it")
+        if entry.is_dir():
+            yield from _walked(Path(entry.path), f"{inside}{entry.name}/", [*above, real])
+        elif entry.is_file():
+            yield f"{inside}{entry.name}"
+        elif entry.is_symlink():
+            raise ValueError(f"{entry.path}: a link to nothing ({os.readlink(entry.path)}); fetch it or take it away")
 
 
 @dataclass(frozen=True)
@@ -177,9 +199,11 @@ def _folder(path: Place) -> list[Row]:
     found = []
     for name in names:
         parts = name.split("/")
-        if split and len(parts) > 2:
+        if split and len(parts) == 2:
+            raise ValueError(f"{path}: {name} is in no class folder; expected {parts[0]}/<class>/{parts[1]}")
+        if split:
             found.append(Row(name, parts[1], None, parts[0]))
-        elif not split:
+        else:
             found.append(Row(name, parts[0], None, None))
     if not found:
         raise ValueError(f"{path}: no files in class folders there")

@@ -416,6 +416,12 @@ def build(**settings: Any) -> Network:
     return LargeResNet(**settings) if "architecture" in settings else ResNet(**settings)
 
 
+def of_features(network: Network) -> bool:
+    """Whether it takes features in place of images; of networks apart, whether all do."""
+    parts = network.networks if isinstance(network, Apart) else [network]
+    return all(isinstance(part, HeadsOnFeatures) for part in parts)
+
+
 def compiled(network: Network) -> Any:
     """The network's forward pass, through torch.compile where LONGTAIL_COMPILE=on asks for it.
 
