@@ -86,11 +86,12 @@ def run(plan: str, only: str, jobs: int) -> int:
         Job({"OMP_NUM_THREADS": threads, "LONGTAIL_DEVICE": devices[job % len(devices)]}, bar)
         for job, bar in enumerate(bars(jobs))
     ]
+    failed = 0
     try:
-        return run_with(started, params, plan, chosen, datasets)
+        failed = run_with(started, params, plan, chosen, datasets)
     finally:
-        for job in started:
-            job.close()
+        failed += sum(not job.close() for job in started)
+    return failed
 
 
 def choose(plan: str, params: dict[str, Any], only: str) -> list[Cell | chains.Cell]:
@@ -415,7 +416,13 @@ def do_adopt(args: argparse.Namespace) -> None:
     params = schema.load()
     if repro("-q", "-s", f"{SHARED}:check", f"{SHARED}:manifests"):
         raise ValueError(f"the manifests could not be written; `dvc repro {SHARED}:manifests` says why")
-    chosen = args.plan or verify.with_results(".", plans_of(params))
+    for plan in args.plan:
+        known(plan, plans_of(params))
+        focus.check(Path.cwd(), plan)
+    hidden = focus.hidden(Path.cwd(), plans_of(params))
+    chosen = args.plan or [plan for plan in verify.with_results(".", plans_of(params)) if plan not in hidden]
+    if hidden and not args.plan:
+        print(f"not looked at, for DVC does not see them: {', '.join(hidden)} (`longtail focus --all`)")
     sys.exit(min(1, adopt.adopt(Path.cwd(), params, chosen, args.only, args.steps)))
 
 

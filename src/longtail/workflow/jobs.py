@@ -67,11 +67,12 @@ class Job:
         except (EOFError, OSError):  # it died
             return False
 
-    def close(self) -> None:
-        """Have it write what it has not yet, and end."""
-        if self.process is not None:
-            self.connection.close()
-            self.process.wait()
+    def close(self) -> bool:
+        """Have it write what it has not yet, and end; False when it could not, and has said why."""
+        if self.process is None:
+            return True
+        self.connection.close()
+        return self.process.wait() == 0
 
 
 def serve(connection: Connection) -> None:

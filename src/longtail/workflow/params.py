@@ -494,7 +494,8 @@ class IncrementalRecipe(Block):
         if self.body == "preactivation" and self.first.network.width < 8:  # oneDNN writes beyond its memory (NOTES.md)
             raise ValueError(f"first.network.width: {self.first.network.width}; with body: preactivation at least 8")
         if self.later is not None:
-            late = [step for step in self.later.schedule.milestones if step >= self.later.epochs]
+            changes = [*self.later.schedule.milestones, *self.first.resolution.milestones]
+            late = [step for step in changes if step >= self.later.epochs]
             if self.later.schedule.warmup_epochs >= self.later.epochs or late:
                 raise ValueError(f"later.schedule goes on after the last of {self.later.epochs} epochs")
         return self
