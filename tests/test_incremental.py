@@ -622,11 +622,14 @@ def test_mlflow_has_a_run_for_each_chain_and_read_out_once(chain, tmp_path, monk
     cell = chains.Cell("x", "d", "o", "p", "r", "t", "0")
     outs = [{"path": f"{cell.results}/{name}"} for name in ("summary.json", "steps.csv", "history.csv")]
 
-    def lock():
+    def lock(code="a", model="m", of="m"):
         for out in outs:
             out["md5"] = hashlib.md5((tmp_path / out["path"]).read_bytes()).hexdigest()
         entry = {"cmd": "python", "params": {"params.yaml": {"incremental.trainings.t": {"loss": "ce"}}}}
         stages = {f"{stage}-x@{cell.name}": dict(entry) for stage in chains.STAGES}
+        stages[f"train-x@{cell.name}"] = entry | {"outs": [{"path": "model", "md5": model}]}
+        read = [{"path": "stages/code/incremental_predict.txt", "md5": code}, {"path": "model", "md5": of}]
+        stages[f"predict-x@{cell.name}"] = entry | {"deps": read}
         stages[f"readout-x@{cell.name}"]["outs"] = outs
         files.write_text(tmp_path / "stages/x/dvc.lock", yaml.safe_dump({"schema": "2.0", "stages": stages}))
 
@@ -651,6 +654,25 @@ def test_mlflow_has_a_run_for_each_chain_and_read_out_once(chain, tmp_path, monk
     lock()
     assert tracking.sync(tmp_path, {"x": PLAN})[0]["created"] == 1
     assert tracking.sync(tmp_path, {"x": PLAN})[0] == {"created": 0, "unchanged": 1, "superseded": 0}
+    lock(code="adopted")  # other code that does the same makes no other run
+    assert tracking.sync(tmp_path, {"x": PLAN})[0] == {"created": 0, "unchanged": 1, "superseded": 0}
+    lock(model="trained anew", of="m")  # killed before its logits were made again
+    counts, notes = tracking.sync(tmp_path, {"x": PLAN})
+    assert not any(counts.values()) and "a stage is from before the last change of model" in notes[0]
+    lock(model="n", of="n")
+    assert tracking.sync(tmp_path, {"x": PLAN})[0]["created"] == 1
+
+    def current():
+        with open_store(tmp_path) as store:
+            return [run for run in store.runs() if run.data.tags.get("longtail.current") == "yes"]
+
+    (whole,) = [run for run in current() if run.data.tags["longtail.kind"] == "chain"]
+    with open_store(tmp_path) as store:  # as if it had been cut off before the last key
+        store.client.delete_tag(whole.info.run_id, "longtail.key")
+    assert tracking.sync(tmp_path, {"x": PLAN})[0]["created"] == 1
+    assert len([run for run in current() if run.data.tags["longtail.kind"] == "chain"]) == 1
+    tracking.sync(tmp_path, {"x": PLAN | {"seeds": [1]}})  # it has left the plan
+    assert not current()
 
 
 # --- the pipeline -----------------------------------------------------------------------------------------------------
