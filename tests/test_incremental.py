@@ -718,6 +718,10 @@ def test_cells_are_found_by_their_names():
             {"recipes": {"digits": {"first": {"network": {"shared_groups": 2}}, "body": "preactivation"}}},
             "shared_groups: with",
         ),
+        (
+            {"recipes": {"survey": {"first": {"resolution": {"milestones": [190], "scales": [0.5]}}}}},
+            "later.schedule goes on after the last of 170",
+        ),
         ({"readouts": {"energy_aligning": {"reading": "none"}}}, "reading"),
     ],
 )
