@@ -420,5 +420,7 @@ def test_the_page_has_the_table_of_what_is_committed() -> None:
 
 def test_the_runs_of_the_screen_are_called_what_they_are() -> None:
     for (_, name), row in EFFECTS.parts("composing", PARAMS).items():
-        parts = [part for part, there in zip(EFFECTS.SCREENS["composing"], row, strict=True) if there]
-        assert answers.METHODS[name] == f"BalPoE with {', '.join(parts) or 'nothing'}"
+        parts = " ".join(part for part, there in zip(EFFECTS.SCREENS["composing"], row, strict=True) if there)
+        short = parts.replace("narrow τ", "τ").replace("consensus", "cons")
+        assert answers.METHODS[name] == (f"+ {short}" if short else "BalPoE alone")
+        assert len(answers.METHODS[name]) <= 24  # or it covers the curves of a picture

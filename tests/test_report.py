@@ -772,6 +772,7 @@ def test_cells_that_disagree_on_the_number_of_images_are_refused(cells):
         (quoted(value=52.0), "row 1, value: '52.0', but allowed is 0 to 1"),
         (quoted(value=None), "row 1, value: empty"),
         (quoted(optimistic="maybe"), "row 1, optimistic: 'maybe'"),
+        (quoted(sd=0.01, runs=1), "row 1, runs: 1, but a deviation (sd) takes two"),
     ],
 )
 def test_wrong_published_rows_are_named(tmp_path, row, words):

@@ -30,19 +30,19 @@ METHODS = {
     "tau_norm": "tau-norm",
     "ncm": "NCM",
     "balpoe_apart": "BalPoE, experts apart",
-    # the runs of a screen: docs/composed.md
-    "screen_01": "BalPoE with narrow τ, teach, consensus, margin",
-    "screen_02": "BalPoE with teach, focus, margin",
-    "screen_03": "BalPoE with narrow τ, focus, consensus",
-    "screen_04": "BalPoE with teach, consensus, margin",
-    "screen_05": "BalPoE with focus, margin",
-    "screen_06": "BalPoE with consensus",
-    "screen_07": "BalPoE with narrow τ, margin",
-    "screen_08": "BalPoE with narrow τ, teach",
-    "screen_09": "BalPoE with narrow τ, teach, focus",
-    "screen_10": "BalPoE with teach, focus, consensus",
-    "screen_11": "BalPoE with narrow τ, focus, consensus, margin",
-    "screen_12": "BalPoE with nothing",
+    # the runs of a screen (docs/composed.md): what is added to BalPoE, short enough for legends
+    "screen_01": "+ τ teach cons margin",
+    "screen_02": "+ teach focus margin",
+    "screen_03": "+ τ focus cons",
+    "screen_04": "+ teach cons margin",
+    "screen_05": "+ focus margin",
+    "screen_06": "+ cons",
+    "screen_07": "+ τ margin",
+    "screen_08": "+ τ teach",
+    "screen_09": "+ τ teach focus",
+    "screen_10": "+ teach focus cons",
+    "screen_11": "+ τ focus cons margin",
+    "screen_12": "BalPoE alone",
 }
 
 

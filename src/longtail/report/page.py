@@ -93,9 +93,7 @@ BEST_ON_TEST = (
     "chosen on the test images; here to show what that choice is worth. The last epoch is the result."
 )
 LEADING = "Cross-entropy and the seven methods with the highest accuracy, raw, mean over recipes."
-HIGHEST_EIGHT = (
-    "The eight methods with the highest accuracy, raw, mean over recipes."  # where cross-entropy has not run
-)
+HIGHEST_EIGHT = "The eight methods with the highest accuracy, raw, mean over recipes."  # without cross-entropy
 VERDICT = (
     "'Verdict': ours agrees with the published accuracy when that is within the 95 % interval of the difference (test "
     "images, our seeds where there are two or more, their runs where they are known; Student's t). 'These networks': "
