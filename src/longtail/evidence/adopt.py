@@ -88,7 +88,9 @@ def adopt(root: Path, params: Mapping[str, Any], plans: Sequence[str], only: str
                 if commit not in old:
                     tree = checkout(root, commit, scratch / commit)
                     # both are looked at by the probe that there is: what it leaves out it leaves out of both
-                    (tree / "src/longtail/evidence/probe.py").write_bytes(Path(probe.__file__).read_bytes())
+                    if not (look := tree / "src/longtail/evidence/probe.py").is_file():
+                        raise ValueError(f"{commit[:10]} is from before this way to look at code; run it again")
+                    look.write_bytes(Path(probe.__file__).read_bytes())
                     old[commit] = stack.enter_context(worker(tree))
                 trouble = compare(root, one, old[commit], here, scratch, steps)
                 if not trouble:
