@@ -277,7 +277,7 @@ def test_epoch_gives_the_recorded_bytes(policy, rotation, padding, hole, alpha, 
     augmentation["color_jitter"] = [0, 0, 0, 0]
     whole = hashlib.sha256()
     for batch in one_epoch(split, batch_size=8, augmentation=augmentation, seed=1, epoch=2, mixup_alpha=alpha):
-        for part in batch[:4]:
+        for part in (batch.images, batch.labels, batch.partner_labels, batch.weight):
             whole.update(np.ascontiguousarray(part).tobytes())
     assert whole.hexdigest() == digest
 
