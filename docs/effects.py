@@ -1,6 +1,6 @@
 """What each part of a screen is worth: main effects of a plan of SCREENS, from committed results.
 
-python docs/effects.py           # tables in Markdown, of the screens that have all their cells
+python docs/effects.py           # tables in Markdown, of each screen that has all its cells
 python docs/effects.py PLAN      # of one
 """
 
@@ -21,6 +21,11 @@ SCREENS: dict[str, dict[str, Callable[[Any, Any], bool]]] = {  # plan: part: whe
         "focus": lambda _, method: method["focus"] > 0,
         "consensus": lambda _, method: method["consensus"] > 0,
         "margin": lambda _, method: method["margin"] > 0,
+    },
+    "composing-long": {
+        "CutMix in turn": lambda recipe, _: recipe["cutmix_alpha"] > 0,
+        "Muon, batch 64": lambda recipe, _: recipe["optimizer"]["muon_lr"] > 0,
+        "recall": lambda _, method: method.get("recall", 0) > 0,
     },
 }
 MEASURES = {  # column: correction and measure
@@ -87,7 +92,14 @@ def main(plans: Sequence[str]) -> None:
     for plan in plans or SCREENS:
         if plan not in SCREENS:
             raise ValueError(f"{plan} is no screen; there are {', '.join(SCREENS)}")
-        print(f"{plan}\n\n{table(plan, params, read(ROOT, plan, params))}")
+        try:
+            found = read(ROOT, plan, params)
+        except ValueError as error:
+            if plans:
+                raise
+            print(f"{plan}: {error}\n")
+            continue
+        print(f"{plan}\n\n{table(plan, params, found)}")
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+import threading
 from contextlib import ExitStack
 
 import numpy as np
 import pytest
 import yaml
 from conftest import ROOT
+from dvc.repo import Repo
 
 from longtail.data.long_tail import class_counts
 from longtail.evaluation import distributions, metrics
@@ -168,6 +170,20 @@ def test_an_answer_that_is_an_error_does_not_put_the_next_cell_out_of_step(tmp_p
             if number == 0:
                 with pytest.raises(ValueError, match="failed: it"):
                     workers[0].known(answers[0])
+
+
+def test_another_dvc_is_waited_for(bare, capsys, monkeypatch):
+    monkeypatch.setattr(adopt, "WAIT_S", 0.05)
+    monkeypatch.setattr("dvc.lock.DEFAULT_TIMEOUT", 0)
+    with Repo(str(bare)) as repo, Repo(str(bare)) as other:
+        other.lock.lock()
+        end = threading.Timer(0.5, other.lock.unlock)
+        end.start()
+        with adopt.alone(repo):
+            assert not other.lock.is_locked
+        assert not repo.lock.is_locked
+        end.join()
+    assert capsys.readouterr().err.count("adopt waits: Unable to acquire lock") == 1
 
 
 def test_the_first_other_digit_is_shown():

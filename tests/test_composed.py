@@ -1,7 +1,9 @@
 """The composed loss: a slow twin of every part, the limit in which it is BalPoE, and what a part must not do."""
 
+import copy
 import importlib.util
 import math
+from itertools import product
 
 import numpy as np
 import pytest
@@ -381,6 +383,26 @@ def test_the_screen_is_plackett_and_burman_s() -> None:
     assert sum(not row.any() for row in on) == 1
 
 
+def test_the_second_screen_has_every_pair_of_a_recipe_and_a_method() -> None:
+    """A full factorial; but for its parts, all runs are the same, and half of them recall nothing."""
+    on, plan = design("composing-long"), PARAMS["plans"]["composing-long"]
+    assert sorted(map(tuple, on)) == sorted(product((0, 1), repeat=3))
+    recipes = [copy.deepcopy(PARAMS["recipes"][name]) for name in plan["recipes"]]
+    assert {recipe["network"]["shared_groups"] for recipe in recipes} == {2}
+    # the average is over as many epochs, whatever the batch
+    assert len({round((1 - recipe["weight_average"]) / recipe["batch_size"], 9) for recipe in recipes}) == 1
+    for recipe in recipes:
+        for name in ("batch_size", "weight_average", "cutmix_alpha"):
+            del recipe[name]
+        del recipe["optimizer"]["muon_lr"], recipe["optimizer"]["muon_weight_decay"]
+    assert all(recipe == recipes[0] for recipe in recipes)
+    plain, recalled = (PARAMS["methods"][name] for name in plan["methods"])
+    assert {key: value for key, value in recalled.items() if key in plain and key != "loss"} == {"taus": plain["taus"]}
+    assert {key for key, value in recalled.items() if value and key not in plain} == {
+        "temperature", "only_right", "margin_power", "recall",
+    }  # fmt: skip
+
+
 def test_effects_are_found_where_they_are() -> None:
     on = design()
     truth = np.array([-1.0, 2.0, 0.5, 0.0, 0.25])
@@ -411,6 +433,15 @@ def test_a_screen_with_a_cell_missing_is_named(tmp_path) -> None:
         EFFECTS.read(tmp_path, "composing", PARAMS)
     with pytest.raises(ValueError, match="quick is no screen; there are composing"):
         EFFECTS.main(["quick"])
+
+
+def test_a_screen_with_a_cell_missing_is_no_error_among_all(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(EFFECTS, "ROOT", tmp_path)
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(PARAMS))
+    EFFECTS.main([])
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.split("\n\n") if line] == [*EFFECTS.SCREENS]
+    with pytest.raises(ValueError, match=r"metrics\.json is missing; longtail run composing-long"):
+        EFFECTS.main(["composing-long"])
 
 
 def test_the_page_has_the_table_of_what_is_committed() -> None:

@@ -546,6 +546,21 @@ def test_a_class_of_which_nothing_is_left_is_named(here: Path) -> None:
         extract(here / "out.npz", arrays, "inaturalist_2018", broken="leave_out")
 
 
+def test_after_that_a_mended_file_is_read_again(here: Path) -> None:
+    large_trees.inaturalist(here)
+    paths = [*(here / "inaturalist2018/train_val2018" / large_trees.SUPER[1] / "4").iterdir()]
+    whole = [path.read_bytes() for path in paths]
+    for path in paths:
+        path.write_bytes(bytes(path.stat().st_size))
+    arrays = index.make(**settings("inaturalist_2018"))
+    with pytest.raises(ValueError, match="train: of class 4 no image is left"):
+        extract(here / "out.npz", arrays, "inaturalist_2018", broken="leave_out")
+    for path, content in zip(paths, whole, strict=True):
+        path.write_bytes(content)
+    found = extract(here / "out.npz", arrays, "inaturalist_2018", broken="leave_out")
+    assert len(found["train_labels"]) == len(arrays["train_labels"])
+
+
 def test_a_piece_of_an_archive_is_read_to_its_length(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     (tmp_path / "x/a.tar").write_bytes(b"0123456789")

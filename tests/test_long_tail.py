@@ -261,6 +261,27 @@ def test_what_belongs_together_is_held_out_together(rows: list[tuple[int, int]],
     assert (np.bincount(labels[held], minlength=4) <= alone).all()
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 12)), min_size=4, max_size=60),
+    st.floats(0, 0.9),
+    st.integers(0, 9),
+)
+def test_held_out_groups_are_its_twin(rows: list[tuple[int, int]], fraction: float, seed: int) -> None:
+    """Row after row in each class's order: its group goes where the quota of every class in it has room."""
+    labels, groups = np.array([*rows, *((c, 100 + c) for c in range(4))]).T
+    found = long_tail.hold_out(labels, fraction=fraction, seed=seed, groups=groups)[1].tolist()
+    alone = long_tail.hold_out(labels, fraction=fraction, seed=seed)[1]
+    room, held = [int((labels[alone] == c).sum()) for c in range(4)], set[int]()
+    for label in range(4):
+        for row in long_tail._generator(seed, label, long_tail.HOLD_OUT).permutation(np.flatnonzero(labels == label)):
+            group = [other for other in range(len(labels)) if groups[other] == groups[row]]
+            wanted = [sum(labels[other] == c for other in group) for c in range(4)]
+            if row not in held and all(w <= r for w, r in zip(wanted, room, strict=True)):
+                held |= {*group}
+                room = [r - w for w, r in zip(wanted, room, strict=True)]
+    assert found == sorted(held)
+
+
 def test_where_every_row_is_its_own_group_nothing_changes() -> None:
     plain, own = (long_tail.hold_out(BALANCED, fraction=0.3, seed=1, groups=groups)[1].tolist()
                   for groups in (None, np.arange(len(BALANCED))))  # fmt: skip

@@ -223,6 +223,7 @@ EFFECT = "import os\nos.environ['A'] = '{}'\n"
         ("import longtail.c\ndef run():\n    return 1\n", "c.py", EFFECT),
         ("def run():\n    import longtail.c\n", "c.py", EFFECT),
         ("def run():\n    from longtail import p\n", "p/q.py", EFFECT),
+        ("def run():\n    from longtail.r import helper\n", "r.py", EFFECT + "from longtail.b import helper\n"),
         ("from longtail import p\ndef run(n):\n    return getattr(p, n)\n", "p/q.py", ONE),
         ("from longtail import c\n" + USE, "c.py", "import os\nif os:\n    x = 1\n    os.umask({})\n"),
         (CHECKED, "b.py", "X = {}\n"),
@@ -246,9 +247,8 @@ def test_what_is_written_otherwise_there_is_no_edit(tmp_path):
     tight = "def run(x):\n    if x:\n        return 1\n"
     assert program(tmp_path, {"a.py": loose}) == program(tmp_path, {"a.py": tight})
     files = {"a.py": "def run():\n    return open('k.cpp')\n"}
-    spaced, dense = "#  define  A(x)  +x\nint f() { return a ++ + b; }", "#define A(x) +x\nint f(){return a++ +b;}"
-    assert program(tmp_path, files | {"k.cpp": spaced})[0] != ""
-    assert program(tmp_path, files | {"k.cpp": dense})[0] == program(tmp_path, files | {"k.cpp": dense + "  // x"})[0]
+    spaced, dense = "#define  A(x)   +x\nint f() { return a ++ + b; }  // x", "#define A(x) +x\nint f(){return a++ +b;}"
+    assert program(tmp_path, files | {"k.cpp": spaced})[0] == program(tmp_path, files | {"k.cpp": dense})[0]
 
 
 @pytest.mark.parametrize(
@@ -257,6 +257,8 @@ def test_what_is_written_otherwise_there_is_no_edit(tmp_path):
         ({"a.py": "from longtail.b import *\n" + USE}, r"a\.py: import \* is not followed; name what is imported"),
         ({"a.py": "from longtail.p import helper\n" + USE, "p/helper.py": "X = 1\n", "p/q.py": ONE,
           "p/__init__.py": "from longtail.p.q import helper\n"}, "helper is imported, and a file has that name, too"),
+        ({"a.py": "def run():\n    return open('k.cpp')\n", "k.cpp": '# include "k.h"\n'},
+         r"k\.cpp: #include of k\.h is not followed; write it into this file"),
     ],
 )  # fmt: skip
 def test_what_nobody_could_follow_is_refused(tmp_path, files, message):

@@ -64,6 +64,15 @@ def test_changed_images_get_a_new_hash_and_nothing_else(here: Path) -> None:
     assert before == after
 
 
+def test_what_is_asked_otherwise_of_a_source_that_is_there_is_refused(here: Path) -> None:
+    make(here / "pets", {"cat": 6, "dog": 4})
+    new.new("pets", new.Chosen())
+    new.new("pets", new.Chosen(broken="refuse", duplicates="refuse"))
+    for changes in ({"broken": "leave_out"}, {"duplicates": "report"}):
+        with pytest.raises(ValueError, match=r"is 'refuse' in params.yaml, not .*; give this one a --name"):
+            new.new("pets", new.Chosen(**changes))
+
+
 def test_what_is_broken_is_named_and_nothing_written(here: Path) -> None:
     make(here / "pets", {"cat": 6, "dog": 4})
     (here / "pets" / "cat" / "x.jpg").write_bytes(b"x")

@@ -73,13 +73,23 @@ def test_a_cmyk_jpeg_keeps_its_colour() -> None:
     assert np.abs(pixels.astype(int) - (200, 30, 60)).max() < 8
 
 
-def test_whole_numbers_of_32_bits_may_have_8_bit_values() -> None:
+def test_whole_numbers_of_32_bits_have_no_known_range() -> None:
     values = np.arange(256, dtype=np.int32).reshape(16, 16)
-    found, facts = decode.decode(encoded(Image.fromarray(values), "TIFF"), **PLAIN | {"size": 16, "channels": 1})
-    assert facts.mode == "I"
-    np.testing.assert_array_equal(found[..., 0], values)
-    found, _ = decode.decode(encoded(Image.fromarray(values * 257), "TIFF"), **PLAIN | {"size": 16, "channels": 1})
-    np.testing.assert_array_equal(found[..., 0], values)
+    for scale in (1, 257):
+        with pytest.raises(decode.BrokenError, match="whole numbers of 32 bits, whose range is not known"):
+            decode.decode(encoded(Image.fromarray(values * scale), "TIFF"), **PLAIN)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "PPM"])
+def test_a_dark_image_of_16_bits_has_the_scale_of_a_bright_one(kind: str) -> None:
+    dark = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    for values in (dark, dark * 257):
+        data = encoded(Image.fromarray(values), "PNG")
+        if kind == "PPM":
+            data = b"P5 16 16 65535\n" + values.astype(">u2").tobytes()
+        found, facts = decode.decode(data, **PLAIN | {"size": 16, "channels": 1})
+        assert facts.kind == kind
+        np.testing.assert_array_equal(found[..., 0], (values.astype(int) + 128) // 257)
 
 
 def test_exif_orientation_is_a_setting() -> None:
@@ -123,7 +133,7 @@ def test_broken_files_say_why() -> None:
         (large, "10000 x 10000 pixels, more than 89,478,485: a decompression bomb"),
         (huge, "more than 178,956,970 pixels: a decompression bomb"),
         (floats, "floating-point"),
-        (encoded(Image.fromarray(np.full((2, 2), 70_000, np.int32)), "TIFF"), "70000, neither 8 nor 16 bit"),
+        (encoded(Image.fromarray(np.full((2, 2), 70_000, np.int32)), "TIFF"), "whole numbers of 32 bits, whose range"),
     ):
         with pytest.raises(decode.BrokenError, match=why):
             decode.decode(data, **PLAIN)
@@ -176,6 +186,10 @@ def test_links_are_followed_and_those_to_nothing_are_named(tmp_path: Path) -> No
     (tmp_path / "data/cat/up").symlink_to(tmp_path / "data")
     with pytest.raises(ValueError, match="a link to a folder that it lies in"):
         listing.read(tmp_path / "data")
+    (tmp_path / "data/cat/up").unlink()
+    (tmp_path / "data/cat/loop").symlink_to("loop")
+    with pytest.raises(ValueError, match="cat/loop: a link that leads nowhere"):
+        listing.read(tmp_path / "data")
 
 
 def test_a_name_that_is_no_text_is_named(tmp_path: Path) -> None:
@@ -190,6 +204,18 @@ def test_an_image_outside_of_the_class_folders_is_named(tmp_path: Path) -> None:
     (tmp_path / "train/x.png").write_bytes(encoded(noise(seed=1)))
     with pytest.raises(ValueError, match=r"train/x\.png is in no class folder; expected train/<class>/x\.png"):
         listing.read(tmp_path)
+    make(tmp_path / "plain", {"cat": 2, "dog": 1})
+    (tmp_path / "plain/x.PNG").write_bytes(encoded(noise(seed=1)))
+    with pytest.raises(ValueError, match=r"plain: x\.PNG is in no class folder; expected <class>/x\.PNG"):
+        listing.read(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("inside", ["", "train/"])
+def test_what_is_no_image_beside_the_class_folders_is_left_out(tmp_path: Path, inside: str) -> None:
+    make(tmp_path, {"train/cat": 2, "test/cat": 1} if inside else {"cat": 2, "dog": 1})
+    for name in ("metadata.csv", "README.txt", "Thumbs.db"):
+        (tmp_path / inside / name).write_text("x")
+    assert len(listing.read(tmp_path)[1]) == 3
 
 
 def test_train_and_test_folders_are_splits(tmp_path: Path) -> None:
@@ -218,6 +244,12 @@ def test_names_that_look_like_numbers_are_names(tmp_path: Path) -> None:
         listing.Row("0001", "01", "1", None), listing.Row("0002", "1", "01", None),
         listing.Row("0003", "1e3", None, None),
     ]  # fmt: skip
+
+
+def test_no_group_is_written_in_many_ways(tmp_path: Path) -> None:
+    lines = [f"{n},a,{group}" for n, group in enumerate(["", "NA", "null", "NaN", "7"])]
+    (tmp_path / "t.csv").write_text("\n".join(["path,label,group", *lines]))
+    assert [row.group for row in listing.read(tmp_path / "t.csv")[1]] == [None] * 4 + ["7"]
 
 
 @pytest.mark.parametrize(

@@ -276,9 +276,9 @@ def arguments() -> argparse.ArgumentParser:
     one.add_argument("--tune", action="store_true", help="fine-tune the backbone, in place of frozen features")
     one.add_argument("--size", type=int, help="side of the images in pixels (default: proposed)")
     one.add_argument("--test-per-class", type=int, help="test images of a class (default: proposed)")
-    one.add_argument("--broken", choices=["refuse", "leave_out"], default="refuse", help="files that are no images")
+    one.add_argument("--broken", choices=["refuse", "leave_out"], help="files that are no images (default: refuse)")
     one.add_argument(
-        "--duplicates", choices=["refuse", "leave_out", "report"], default="refuse", help="of test images in train"
+        "--duplicates", choices=["refuse", "leave_out", "report"], help="of test images in train (default: refuse)"
     )
     one = commands.add_parser("track", help="mirror the result files into MLflow; twice does nothing more")
     one.add_argument("plan", nargs="*", help="plans (default: all that have run)")

@@ -39,8 +39,8 @@ class Chosen:
 
     name: str | None = None
     features: str | None = None
-    broken: str = "refuse"
-    duplicates: str = "refuse"
+    broken: str | None = None
+    duplicates: str | None = None
     size: int | None = None
     test_per_class: int | None = None
     tune: bool = False
@@ -80,8 +80,8 @@ def new(where: str, chosen: Chosen, *, params_file: Path = Path("params.yaml")) 
     if there is not None:
         if path not in (there.get("path"), there.get("labels")):
             raise ValueError(f"sources.{name} is in params.yaml with other data; give this one a --name")
-        asked = {"features": chosen.features and _whole(chosen.features), "size": chosen.size,
-                 "test_per_class": chosen.test_per_class}  # fmt: skip
+        asked = {"features": chosen.features and _whole(chosen.features), "size": chosen.size, "broken": chosen.broken,
+                 "duplicates": chosen.duplicates, "test_per_class": chosen.test_per_class}  # fmt: skip
         for key, value in asked.items():
             if value is not None and value != there.get(key):
                 known_as = f"sources.{name}.{key} is {there.get(key)!r} in params.yaml"
@@ -197,7 +197,7 @@ def _images(name: str, path: str, chosen: Chosen) -> Proposal:
     """Look at images: twice, since the proposed size follows from their own."""
     _, rows = listing.read(path)
     plain: dict[str, Any] = {"channels": 3, "fit": "crop", "exif_orientation": False}
-    size = chosen.size or _size(path, rows)
+    size, broken = chosen.size or _size(path, rows), chosen.broken or "refuse"
     with tqdm(total=len(rows), desc="looking", unit="file", disable=None) as bar:
         looked = images.look(path, size=size, **plain, on_file=bar.update)
     said = [
@@ -208,14 +208,14 @@ def _images(name: str, path: str, chosen: Chosen) -> Proposal:
     ]
     if looked.broken:
         said.append(f"no usable images: {len(looked.broken)}: {images.named(looked.broken)}")
-        if chosen.broken == "refuse":
+        if broken == "refuse":
             raise ValueError(
                 "\n".join([*said, "mend or remove them, or leave them out: longtail new ... --broken leave_out"])
             )
     rule = _rule(Counter(row.label for row in looked.rows), chosen)
     arrays, report = own.arrays(looked.rows, looked.pixels, **rule)
     said += _said(report)
-    source = {"reader": "images", "path": path, "sha256": looked.sha256, "size": size, **plain, "broken": chosen.broken}
+    source = {"reader": "images", "path": path, "sha256": looked.sha256, "size": size, **plain, "broken": broken}
     backbone = BACKBONES["large" if size >= LARGE else "small"]
     return Proposal(name, source | rule, arrays, backbone, said)
 
@@ -243,7 +243,7 @@ def _rule(sizes: Counter[str], chosen: Chosen) -> dict[str, Any]:
     """The proposed test split: 0.3 of the class in the middle, but 10 to 100 images; at most 0.3 of any class."""
     middle = int(np.median(list(sizes.values()))) if sizes else 0
     return {
-        "duplicates": chosen.duplicates, "min_per_class": 2,
+        "duplicates": chosen.duplicates or "refuse", "min_per_class": 2,
         "test_per_class": chosen.test_per_class or min(100, max(10, round(0.3 * middle))), "test_share": 0.3, "seed": 0,
     }  # fmt: skip
 

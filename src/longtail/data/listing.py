@@ -15,6 +15,7 @@ import pyarrow.parquet
 SPLITS = ("train", "test")
 TABLES = (".csv", ".parquet")
 COLUMNS = ("label", "group", "split")
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm", ".pnm")  # missed if loose
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,11 @@ def _walked(folder: Path, inside: str, above: list[str]) -> Iterator[str]:
             continue
         if not entry.name.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in entry.name):
             raise ValueError(f"{str(folder)!r}: the name {entry.name!r} is not UTF-8; rename it")
-        if entry.is_dir():
+        try:
+            is_folder = entry.is_dir()
+        except OSError as error:  # too many levels: a link to itself
+            raise ValueError(f"{entry.path}: a link that leads nowhere ({error.strerror})") from error
+        if is_folder:
             yield from _walked(Path(entry.path), f"{inside}{entry.name}/", [*above, real])
         elif entry.is_file():
             yield f"{inside}{entry.name}"
@@ -166,7 +171,13 @@ def _csv(file: IO[bytes]) -> pyarrow.Table:
     names = pyarrow.csv.ConvertOptions(
         column_types=dict.fromkeys(("path", "label", "group", "split"), pyarrow.string())
     )
-    return pyarrow.csv.read_csv(file, convert_options=names)
+    found = pyarrow.csv.read_csv(file, convert_options=names)
+    if "group" in found.column_names:  # a name may be NA; as a group it is how programs write that there is none
+        values = found["group"].to_pylist()
+        known = [None if value in names.null_values else value for value in values]
+        column = found.column_names.index("group")
+        found = found.set_column(column, "group", pyarrow.array(known, pyarrow.string()))
+    return found
 
 
 def rows(places: list[str], columns: dict[str, list[Any]], path: Place) -> list[Row]:
@@ -191,7 +202,10 @@ def _text(value: Any, path: Place, number: int, column: str) -> str:
 
 
 def _folder(path: Place) -> list[Row]:
-    names = [name for name in files_under(path) if "/" in name]
+    names = files_under(path)
+    if loose := [name for name in names if "/" not in name and name.lower().endswith(IMAGES)]:
+        raise ValueError(f"{path}: {loose[0]} is in no class folder; expected <class>/{loose[0]}")
+    names = [name for name in names if "/" in name]
     inner = sorted({name.split("/")[0] for name in names})
     split = set(inner) == set(SPLITS)
     if "train" in inner and not split:
@@ -200,8 +214,9 @@ def _folder(path: Place) -> list[Row]:
     for name in names:
         parts = name.split("/")
         if split and len(parts) == 2:
-            raise ValueError(f"{path}: {name} is in no class folder; expected {parts[0]}/<class>/{parts[1]}")
-        if split:
+            if name.lower().endswith(IMAGES):
+                raise ValueError(f"{path}: {name} is in no class folder; expected {parts[0]}/<class>/{parts[1]}")
+        elif split:
             found.append(Row(name, parts[1], None, parts[0]))
         else:
             found.append(Row(name, parts[0], None, None))

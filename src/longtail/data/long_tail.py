@@ -166,17 +166,22 @@ def hold_out(
     held_out = np.zeros(len(labels), bool)
     sizes_C = _class_sizes(labels, "labels")
     open_C = np.array([min(max(round(fraction * int(size)), 1), int(size) - 1) for size in sizes_C]) * (fraction > 0)
+    if groups is not None:
+        _, group_N = np.unique(groups, return_inverse=True)
+        members = np.split(np.argsort(group_N, kind="stable"), np.cumsum(np.bincount(group_N))[:-1])
     for label in range(len(sizes_C)):
         rows = _generator(seed, label, HOLD_OUT).permutation(np.flatnonzero(labels == label))
         if groups is None:
             held_out[rows[: open_C[label]]] = True
             continue
         for row in rows:
-            together = groups == groups[row]
-            wanted_C = np.bincount(labels[together], minlength=len(sizes_C))
-            if not held_out[row] and (wanted_C <= open_C).all():
+            if not open_C[label]:
+                break
+            together = members[group_N[row]]
+            classes, wanted = np.unique(labels[together], return_counts=True)
+            if not held_out[row] and (wanted <= open_C[classes]).all():
                 held_out[together] = True
-                open_C -= wanted_C
+                open_C[classes] -= wanted
     return np.flatnonzero(~held_out).astype(np.int64), np.flatnonzero(held_out).astype(np.int64)
 
 

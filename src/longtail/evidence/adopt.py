@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from longtail.workflow.locks import MAKERS, STAGE_NAME, STAGES
 
 ADOPTED = ("stage", "was", "now", "code", "how")  # columns of adopted.csv
 STEPS = 5
+WAIT_S = 1.0  # between two looks at whether another DVC has ended
 EMULATED = ", emulated"  # what longtail.evidence.probe says of a precision that the processor does not do
 PORTABLE = "stages/portable.py"  # runs a script of `argv`, on fewer instructions
 
@@ -86,7 +88,9 @@ def adopt(root: Path, params: Mapping[str, Any], plans: Sequence[str], only: str
                 if commit not in old:
                     tree = checkout(root, commit, scratch / commit)
                     # both are looked at by the probe that there is: what it leaves out it leaves out of both
-                    (tree / "src/longtail/evidence/probe.py").write_bytes(Path(probe.__file__).read_bytes())
+                    if not (look := tree / "src/longtail/evidence/probe.py").is_file():
+                        raise ValueError(f"{commit[:10]} is from before this way to look at code; run it again")
+                    look.write_bytes(Path(probe.__file__).read_bytes())
                     old[commit] = stack.enter_context(worker(tree))
                 trouble = compare(root, one, old[commit], here, scratch, steps)
                 if not trouble:
@@ -395,6 +399,27 @@ def other_bytes(was: Mapping[str, str], now: Mapping[str, str]) -> str:
 # --- the record ---------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def alone(repo: Any) -> Iterator[None]:
+    """DVC's lock of the repository, waited for as long as another command has it."""
+    from dvc.lock import LockError
+
+    said = False
+    while True:
+        try:
+            repo.lock.lock()
+            break
+        except LockError as error:
+            if not said:
+                print(f"adopt waits: {error}", file=sys.stderr, flush=True)
+            said = True
+            time.sleep(WAIT_S)
+    try:
+        yield
+    finally:
+        repo.lock.unlock()
+
+
 def record(root: Path, one: Stale, commit: str) -> None:
     """Give the lock's entries of a cell the manifests of the code that there is; keep the identity of its training."""
     from dvc.repo import Repo  # half a second: only where there is something to write
@@ -403,8 +428,8 @@ def record(root: Path, one: Stale, commit: str) -> None:
 
     logging.getLogger("dvc").setLevel(logging.WARNING)  # it says so of each cell
     file = pipeline.file(one.cell.plan)
-    before = locks.read_lock(root / pipeline.lock(file))
-    with Repo(str(root)) as repo, repo.lock:
+    with Repo(str(root)) as repo, alone(repo):
+        before = locks.read_lock(root / pipeline.lock(file))
         stages = [repo.stage.get_target(f"{root / file}:{name}") for name in one.changed]
         for stage in stages:
             for path, was in one.changed[stage.name].items():
@@ -413,14 +438,14 @@ def record(root: Path, one: Stale, commit: str) -> None:
                     if dep.fs_path == str(root / path) and dep.hash_info.value == was:
                         dep.hash_info, dep.meta = HashInfo("md5", md5(content)), Meta(size=len(content))
         stages[0].dvcfile._lockfile.dump_stages(stages)
-    after = locks.read_lock(root / pipeline.lock(file))
-    kept = root / pipeline.adopted(one.cell.plan)
-    rows = files.read_csv(kept) if kept.exists() else []
-    rows += [
-        {"stage": name, "was": locks.identity(before[name]), "now": locks.identity(after[name]),
-         "code": commit[:10], "how": "adopted"}
-        for name in one.changed
-        if name.split("-")[0] in MAKERS.values()
-    ]  # fmt: skip
-    if rows:
-        files.write_csv(kept, rows, ADOPTED)
+        after = locks.read_lock(root / pipeline.lock(file))
+        kept = root / pipeline.adopted(one.cell.plan)
+        rows = files.read_csv(kept) if kept.exists() else []
+        rows += [
+            {"stage": name, "was": locks.identity(before[name]), "now": locks.identity(after[name]),
+             "code": commit[:10], "how": "adopted"}
+            for name in one.changed
+            if name.split("-")[0] in MAKERS.values() and locks.identity(before[name]) != locks.identity(after[name])
+        ]  # fmt: skip
+        if rows:
+            files.write_csv(kept, rows, ADOPTED)

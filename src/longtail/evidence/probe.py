@@ -27,7 +27,8 @@ from longtail.workflow import files, stage
 IMAGES = 150  # of a small training split, beside one for each class: some classes have six, most have one or two
 OTHERS = 4  # of each class of the other splits, so that test sets with long tails of their own can be drawn
 SHOTS = {"many_above": 3, "few_below": 3, "distribution_ratios": [2, 4]}  # with which they have all groups and tails
-FEW_AT_A_TIME = 64  # images and rows of logits, so that even a small copy takes several turns
+FEW_AT_A_TIME = 64  # images, so that even a small copy takes several turns
+FEW_LOGITS = 512  # 5 rows of 100 classes
 OF_A_CLASS, CHAIN_BATCH = 24, 16  # of a chain of trainings: few classes in a step, of which some images are held out
 BF16_STEPS = 2  # in bf16 where the processor does not do it: emulated, and slow
 
@@ -73,7 +74,7 @@ def look(
     try:
         for path, source in data.items():
             files.save_arrays(path, **small(files.load_arrays(source), chain))
-        inference.PREDICT_BATCH = posthoc.inputs.SLICE = FEW_AT_A_TIME
+        inference.PREDICT_BATCH, posthoc.inputs.SLICE = FEW_AT_A_TIME, FEW_LOGITS
         for one in stages:
             run_stage(Path(tree), one["argv"], {key: shortened(value) for key, value in one["params"].items()})
         outs = [Path(out) for one in stages for out in one["outs"]]

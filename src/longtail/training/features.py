@@ -54,9 +54,9 @@ def extract(data: str, out: str, *, fingerprint: str, **backbone: Any) -> None:
             width = made.features(torch.zeros(1, 3, 8, 8, dtype=torch.uint8, device=device)).shape[1]
             flat = np.concatenate([np.empty((0, width), np.float32), *found])
             arrays[f"{name}_images"] = flat[:, None, None, :]
-    arrays["backbone"] = np.array(json.dumps(made.facts, sort_keys=True))
-    files.save_arrays(out, **arrays)
-    shutil.rmtree(shards, ignore_errors=True)
+        arrays["backbone"] = np.array(json.dumps(made.facts, sort_keys=True))
+        files.save_arrays(out, **arrays)
+        shutil.rmtree(shards, ignore_errors=True)
 
 
 def _shard(path: Path, made: backbones.Backbone, images: np.ndarray, device: torch.device, bar: Any) -> np.ndarray:

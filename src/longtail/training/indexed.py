@@ -91,7 +91,12 @@ def extract(
             print(f"left out, no usable images: {len(wrong):,}: {said}")
         print("files: " + ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items())))
         report = {"kinds": kinds, "left_out": wrong, "index": about}
-        _write(Path(out), arrays, made.facts, [path for path, _ in todo], report)
+        try:
+            _write(Path(out), arrays, made.facts, [path for path, _ in todo], report)
+        except ValueError:  # of a class nothing is left, say: these files may be mended now
+            for path in broken_shards:
+                path.unlink()
+            raise
         shutil.rmtree(shards, ignore_errors=True)
 
 

@@ -102,6 +102,12 @@ class Package:
     beside: tuple[str, ...] = (".cpp", ".j2", ".npz")
     modules: dict[str, "Module | None"] = field(default_factory=dict)
 
+    def holding(self, dotted: str) -> "Module | None":
+        """The module in which a dotted name is: the longest beginning of it that is a module."""
+        while dotted and self.module(dotted) is None:
+            dotted = dotted.rpartition(".")[0]
+        return self.module(dotted) if dotted else None
+
     def module(self, name: str) -> "Module | None":
         """The module of this dotted name, or None when the package has none."""
         if name not in self.modules:
@@ -291,6 +297,8 @@ def without_layout(path: Path) -> str:
     if path.suffix not in (".cpp", ".h", ".cu"):
         return hashlib.sha256(content).hexdigest()
     text, directive = [], False
+    if own := re.search(rb'^[ \t]*#[ \t]*include[ \t]*"([^"]*)"', content, re.MULTILINE):
+        raise ValueError(f"{path}: #include of {own[1].decode()} is not followed; write it into this file")
     for token in CPP_TOKEN.findall(content.decode()):
         if token == "\n":  # ends a directive, and nothing else
             text += ["\n"] if directive else []
@@ -423,6 +431,8 @@ class Writer:
                 found.append(f"!{target}")
                 continue
             self.loading.append(reference.loads or reference.units[0].module)
+            if (named := self.package.holding(target)) not in (None, self.loading[-1]):  # it is passed on there
+                self.loading.append(named)
             found += [self.refer(reference)] if reference.loads is None else []
         return f"import({','.join(found)})" if found else ""
 

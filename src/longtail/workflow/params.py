@@ -494,10 +494,11 @@ class IncrementalRecipe(Block):
         if self.body == "preactivation" and self.first.network.width < 8:  # oneDNN writes beyond its memory (NOTES.md)
             raise ValueError(f"first.network.width: {self.first.network.width}; with body: preactivation at least 8")
         if self.later is not None:
-            changes = [*self.later.schedule.milestones, *self.first.resolution.milestones]
-            late = [step for step in changes if step >= self.later.epochs]
-            if self.later.schedule.warmup_epochs >= self.later.epochs or late:
-                raise ValueError(f"later.schedule goes on after the last of {self.later.epochs} epochs")
+            changes = {"later.schedule": [*self.later.schedule.milestones, self.later.schedule.warmup_epochs],
+                       "first.resolution": self.first.resolution.milestones}  # fmt: skip
+            for name, steps in changes.items():
+                if any(step >= self.later.epochs for step in steps):
+                    raise ValueError(f"{name} goes on after the last of later's {self.later.epochs} epochs")
         return self
 
 
