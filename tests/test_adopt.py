@@ -186,6 +186,13 @@ def test_another_dvc_is_waited_for(bare, capsys, monkeypatch):
     assert capsys.readouterr().err.count("adopt waits: Unable to acquire lock") == 1
 
 
+def test_every_stage_of_a_cell_is_known_to_be_its():
+    cell = Cell("posthoc", "a", "b", "c", "1")
+    for kind in ("train", "predict", "align", "evaluate", "compare"):
+        assert adopt.cell_of(f"{kind}-posthoc@a-b-c-1") == cell
+    assert adopt.cell_of("readings-posthoc") is None
+
+
 def test_the_first_other_digit_is_shown():
     was = {"epoch 1": {"losses": ["2.30", "2.3125"], "weights": "a"}}
     now = {"epoch 1": {"losses": ["2.30", "2.3135"], "weights": "b"}}
