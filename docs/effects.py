@@ -1,11 +1,12 @@
-"""What each part of a screen is worth: main effects of the plan `composing`, from committed results.
+"""What each part of a screen is worth: main effects of a plan of SCREENS, from committed results.
 
-python docs/effects.py           # a table in Markdown; needs all cells of the plan
+python docs/effects.py           # tables in Markdown, of each screen that has all its cells
+python docs/effects.py PLAN      # of one
 """
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,19 @@ import numpy as np
 import yaml
 
 ROOT = Path(__file__).parents[1]
-PLAN = "composing"
-PARTS = {
-    "narrow τ": lambda block: block["taus"] != [0, 1, 2],
-    "teach": lambda block: block["teach"] > 0,
-    "focus": lambda block: block["focus"] > 0,
-    "consensus": lambda block: block["consensus"] > 0,
-    "margin": lambda block: block["margin"] > 0,
+SCREENS: dict[str, dict[str, Callable[[Any, Any], bool]]] = {  # plan: part: whether a recipe and a method have it
+    "composing": {
+        "narrow τ": lambda _, method: method["taus"] != [0, 1, 2],
+        "teach": lambda _, method: method["teach"] > 0,
+        "focus": lambda _, method: method["focus"] > 0,
+        "consensus": lambda _, method: method["consensus"] > 0,
+        "margin": lambda _, method: method["margin"] > 0,
+    },
+    "composing-long": {
+        "CutMix in turn": lambda recipe, _: recipe["cutmix_alpha"] > 0,
+        "Muon, batch 64": lambda recipe, _: recipe["optimizer"]["muon_lr"] > 0,
+        "recall": lambda _, method: method.get("recall", 0) > 0,
+    },
 }
 MEASURES = {  # column: correction and measure
     "accuracy": ("raw", "accuracy"), "many": ("raw", "many"), "medium": ("raw", "medium"), "few": ("raw", "few"),
@@ -43,36 +50,60 @@ def effects(values: Sequence[float], on: np.ndarray) -> tuple[np.ndarray, float]
     return found[1:], float(spread[1:].max())
 
 
-def table(methods: Mapping[str, Mapping[str, Any]], results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The table in Markdown, in points; `methods` are blocks of params.yaml, `results` the measures of `last`."""
-    names = [*results]
-    on = np.array([[part(methods[name]) for part in PARTS.values()] for name in names], float)
+def parts(plan: str, params: Mapping[str, Any]) -> dict[tuple[str, str], list[bool]]:
+    """{(recipe, method): which parts of the screen it has}, of every run of a plan."""
+    block, recipes, methods = params["plans"][plan], params["recipes"], params["methods"]
+    return {
+        (recipe, method): [has(recipes[recipe], methods[method]) for has in SCREENS[plan].values()]
+        for recipe in block["recipes"]
+        for method in block["methods"]
+    }
+
+
+def table(plan: str, params: Mapping[str, Any], results: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
+    """The table in Markdown, in points; `params` is params.yaml, `results` the measures of `last` of each run."""
+    found = parts(plan, params)
+    on = np.array([found[run] for run in results], float)
     columns = {
-        title: effects([100 * results[name][correction][measure] for name in names], on)
+        title: effects([100 * result[correction][measure] for result in results.values()], on)
         for title, (correction, measure) in MEASURES.items()
     }
     head = f"| added | {' | '.join(columns)} |\n| --- |{' ---: |' * len(columns)}\n"
-    rows = [[part, *(f"{found[n]:+.1f}" for found, _ in columns.values())] for n, part in enumerate(PARTS)]
+    rows = [[part, *(f"{found[n]:+.1f}" for found, _ in columns.values())] for n, part in enumerate(SCREENS[plan])]
     rows.append(["standard error of each", *(f"{error:.1f}" for _, error in columns.values())])
     return head + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def read(root: Path) -> dict[str, Any]:
-    """The measures of each cell of the plan, by its method. Raises ValueError where one is missing."""
-    params = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
-    plan = params["plans"][PLAN]
-    (dataset,), (recipe,), (seed,) = plan["datasets"], plan["recipes"], plan["seeds"]
+def read(root: Path, plan: str, params: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
+    """The measures of each run of the plan. Raises ValueError where one is missing."""
+    (dataset,), (seed,) = params["plans"][plan]["datasets"], params["plans"][plan]["seeds"]
     found = {}
-    for method in plan["methods"]:
-        file = root / f"results/{PLAN}/cells/{dataset}/{recipe}/{method}/{seed}/metrics.json"
+    for recipe, method in parts(plan, params):
+        file = root / f"results/{plan}/cells/{dataset}/{recipe}/{method}/{seed}/metrics.json"
         if not file.exists():
-            raise ValueError(f"{file.relative_to(root)} is missing; longtail run {PLAN}")
-        found[method] = json.loads(file.read_text())["last"]
+            raise ValueError(f"{file.relative_to(root)} is missing; longtail run {plan}")
+        found[recipe, method] = json.loads(file.read_text())["last"]
     return found
+
+
+def main(plans: Sequence[str]) -> None:
+    """Print the tables of these screens."""
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    for plan in plans or SCREENS:
+        if plan not in SCREENS:
+            raise ValueError(f"{plan} is no screen; there are {', '.join(SCREENS)}")
+        try:
+            found = read(ROOT, plan, params)
+        except ValueError as error:
+            if plans:
+                raise
+            print(f"{plan}: {error}\n")
+            continue
+        print(f"{plan}\n\n{table(plan, params, found)}")
 
 
 if __name__ == "__main__":
     try:
-        print(table(yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))["methods"], read(ROOT)), end="")
+        main(sys.argv[1:])
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -1,9 +1,10 @@
-"""Make one network of experts that were trained apart."""
+"""Make one network of experts that were trained apart, or of one that looks at mirror images, too."""
 
 from longtail.training import fusion
 from longtail.workflow import stage
 
 with stage.run("cells", "method", "seed", "out", "history") as (args, params):
-    experts = params[f"methods.{args.method}"]["fuse"]
-    folders = [f"{args.cells}/{expert}/{args.seed}" for expert in experts]
-    fusion.run(args.fingerprint, folders, out=args.out, history=args.history)
+    block = params[f"methods.{args.method}"]
+    folders = [f"{args.cells}/{expert}/{args.seed}" for expert in block["fuse"]]
+    mirrored = block.get("mirrored", False)
+    fusion.run(args.fingerprint, folders, mirrored=mirrored, out=args.out, history=args.history)

@@ -81,5 +81,6 @@ def run(data_path: Path, out: Path, fingerprint: str = "small", **changes: Any) 
 if __name__ == "__main__":
     os.environ["LONGTAIL_QUIET"] = "1"
     options = json.loads(sys.argv[1])
-    stage.sweep([f"{options['out']}/model", f"{options['out']}/history.csv"])  # as the pipeline does before a stage
+    outs = [f"{options['out']}/{name}" for name in ("model", "history.csv", "predictions.npz")]
+    stage.sweep(outs)  # as the pipeline does before a stage
     run(Path(options.pop("data")), Path(options.pop("out")), **options)

@@ -39,7 +39,11 @@ METHODS = {
     "ce": {},
     "gala": {"variant": "released", "accumulation": "double", "lambda1": 1.0, "lambda2": 1.0},
     "balpoe": {"taus": [0.0, 2.0]},
-}
+    "composed": {
+        "taus": [0.0, 2.0], "teach": 0.5, "teach_at": 0.0, "temperature": 2.0, "only_right": True, "focus": 0.5,
+        "consensus": 0.0, "margin": 0.0, "margin_power": 0.25, "recall": 0.5,
+    },
+}  # fmt: skip
 
 
 def split(every: int = 1) -> batches.Split:
@@ -50,7 +54,9 @@ def split(every: int = 1) -> batches.Split:
     return batches.Split.from_arrays(images.astype(np.uint8)[::every], labels[::every], 3, "cpu")
 
 
-def train(method: str = "gala", seed: int = 0, checkpoint: Checkpoint | None = None, **changes) -> engine.Fitted:
+def train(
+    method: str = "gala", seed: int = 0, checkpoint: Checkpoint | None = None, on_epoch=lambda row: None, **changes
+) -> engine.Fitted:
     """The training, with changes to RECIPE."""
     whole = split()
     inference.set_up(seed)
@@ -60,7 +66,7 @@ def train(method: str = "gala", seed: int = 0, checkpoint: Checkpoint | None = N
         mean=[0.3] * 3, std=[0.3] * 3,
     ).to(memory_format=torch.channels_last)  # fmt: skip
     return engine.fit(
-        network, loss, whole, split(3), split(2), seed=seed, on_epoch=lambda row: None,
+        network, loss, whole, split(3), split(2), seed=seed, on_epoch=on_epoch,
         checkpoint=checkpoint or Checkpoint(None, ""), **{**RECIPE, **changes},
     )  # fmt: skip
 

@@ -3,12 +3,17 @@
 import os
 import subprocess
 import sys
+import threading
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
 import yaml
 from conftest import ROOT
+from dvc.repo import Repo
 
+from longtail.data.long_tail import class_counts
+from longtail.evaluation import distributions, metrics
 from longtail.evidence import adopt, probe
 from longtail.training import provenance
 from longtail.workflow import chains, files, locks
@@ -80,7 +85,7 @@ def stale_cell(md5):
     cell = Cell("quick", *CE.split("-"))
     name = f"evaluate-quick@{CE}"
     entry = {"cmd": "python stages/x.py", "deps": [{"path": "data/long_tail/x.npz", "md5": md5}]}
-    return adopt.Stale(cell, {name: entry}, {name: ("stages/code/evaluate.txt", md5)})
+    return adopt.Stale(cell, {name: entry}, {name: {"stages/code/evaluate.txt": md5}})
 
 
 def test_code_that_is_in_no_commit_and_data_that_are_not_there_are_named(tmp_path):
@@ -102,17 +107,90 @@ def test_a_commit_whose_manifests_are_of_older_code_is_not_taken_for_that_code(t
     subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
     path = "stages/code/evaluate.txt"
     was = adopt.md5((clone / path).read_bytes())
-    before = adopt.commit_of(clone, {"x": (path, was)})
+    before = adopt.commit_of(clone, {"x": {path: was}})
     edit(clone, "metrics.py", "TOP = 5", "TOP = 4")
     subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x", "commit", "-qam", "x"], cwd=clone, check=True)
-    assert adopt.commit_of(clone, {"x": (path, was)}) == before
+    assert adopt.commit_of(clone, {"x": {path: was}}) == before
 
 
 def test_the_commit_is_the_latest_that_has_the_manifest():
     path = "stages/code/evaluate.txt"
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     committed = subprocess.run(["git", "show", f"HEAD:{path}"], cwd=ROOT, capture_output=True, check=True).stdout
-    assert adopt.commit_of(ROOT, {"x": (path, adopt.md5(committed))}) == head.strip()
+    assert adopt.commit_of(ROOT, {"x": {path: adopt.md5(committed)}}) == head.strip()
+
+
+def test_a_small_copy_has_all_groups_and_tails_of_its_own():
+    """Of CIFAR-100-LT: with one image a class, swapped groups or test distributions would be no difference."""
+    counts = class_counts("exponential", 500, 100, 100)
+    arrays = {"class_names": np.array([str(c) for c in range(100)])}
+    for split, sizes in (("train", counts), ("held_out", counts // 10), ("test", np.full(100, 100))):
+        labels = np.repeat(np.arange(100), sizes)
+        arrays |= {f"{split}_labels": labels, f"{split}_images": np.zeros((len(labels), 1))}
+    small = probe.small(arrays, False)
+    evaluate = probe.shortened(yaml.safe_load((ROOT / "params.yaml").read_text())["evaluate"])
+    of_train = np.bincount(small["train_labels"], minlength=100)
+    groups = metrics.shot_groups(of_train, many_above=evaluate["many_above"], few_below=evaluate["few_below"])
+    assert all(mask_C.sum() > 3 for mask_C in groups.values())
+    per_class = np.bincount(small["test_labels"]).min()
+    drawn = distributions.names(evaluate["distribution_ratios"], per_class)
+    forward, backward = (distributions.frequencies(f"{way}4", of_train, per_class) for way in ("forward", "backward"))
+    assert len(drawn) == 5 and (forward != backward).any()
+    assert len(small["train_labels"]) < 250 and len(small["test_labels"]) == 400
+
+
+def test_what_computes_all_of_it_is_not_adopted():
+    one = stale_cell("f" * 32)
+    one.stages = {"evaluate-quick@x": {"cmd": "python stages/portable.py stages/evaluate.py", "deps": []}}
+    one.changed = {"evaluate-quick@x": {"stages/code/evaluate.txt": "a", "stages/code/portable.txt": "b"}}
+    with pytest.raises(ValueError, match=r"stages/portable\.py changed, which decides how all of it is computed"):
+        adopt.job(ROOT, one, 5)
+    one.changed = {"evaluate-quick@x": {"stages/code/evaluate.txt": "a"}}
+    assert adopt.job(ROOT, one, 5)["stages"][0]["argv"] == ["stages/evaluate.py"]
+
+
+def test_an_answer_that_is_an_error_does_not_put_the_next_cell_out_of_step(tmp_path):
+    """Old code fails with one cell: the new code's answer is read all the same."""
+    program = "import sys, json\nfor n, line in enumerate(sys.stdin):\n    print(json.dumps({}), flush=True)\n"
+    failing = program.replace("{}", "{'error': 'it'} if n == 0 else {'n': n}")
+    counting = program.replace("{}", "{'n': n}")
+    with ExitStack() as stack:
+        workers = []
+        for text in (failing, counting):
+            command = [sys.executable, "-c", text]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            process = stack.enter_context(subprocess.Popen(command, **pipes))
+            stack.callback(process.kill)
+            workers.append(adopt.Worker(tmp_path, process))
+        for number in range(2):
+            for worker in workers:
+                worker.ask({})
+            answers = [worker.read() for worker in workers]
+            assert answers[1] == {"n": number}
+            if number == 0:
+                with pytest.raises(ValueError, match="failed: it"):
+                    workers[0].known(answers[0])
+
+
+def test_another_dvc_is_waited_for(bare, capsys, monkeypatch):
+    monkeypatch.setattr(adopt, "WAIT_S", 0.05)
+    monkeypatch.setattr("dvc.lock.DEFAULT_TIMEOUT", 0)
+    with Repo(str(bare)) as repo, Repo(str(bare)) as other:
+        other.lock.lock()
+        end = threading.Timer(0.5, other.lock.unlock)
+        end.start()
+        with adopt.alone(repo):
+            assert not other.lock.is_locked
+        assert not repo.lock.is_locked
+        end.join()
+    assert capsys.readouterr().err.count("adopt waits: Unable to acquire lock") == 1
+
+
+def test_every_stage_of_a_cell_is_known_to_be_its():
+    cell = Cell("posthoc", "a", "b", "c", "1")
+    for kind in ("train", "predict", "align", "evaluate", "compare"):
+        assert adopt.cell_of(f"{kind}-posthoc@a-b-c-1") == cell
+    assert adopt.cell_of("readings-posthoc") is None
 
 
 def test_the_first_other_digit_is_shown():

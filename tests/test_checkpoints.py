@@ -123,3 +123,9 @@ def test_a_checkpoint_runs_nothing_that_is_in_it(tmp_path):
     with pytest.raises(ValueError, match=r"c\.pt: not a readable checkpoint"):
         Checkpoint(tmp_path / "c.pt", "a").load()
     assert not (tmp_path / "harm").exists()
+
+
+def test_a_file_of_another_program_is_no_checkpoint(tmp_path):
+    torch.save([1, 2], tmp_path / "c.pt")
+    with pytest.raises(ValueError, match=r"c\.pt: not a readable checkpoint"):
+        Checkpoint(tmp_path / "c.pt", "a").load()

@@ -150,6 +150,11 @@ def test_where_a_fit_comes_from_is_said_without_being_asked(folder, capsys):
     assert "fitted on the logits that it corrects, without labels" in capsys.readouterr().out
 
 
+def test_true_and_false_are_read_as_in_params():
+    assert correct._settings("vector", ["balanced=false", "l2=0.1"]) == {"balanced": False, "l2": 0.1}
+    assert correct._settings("vector", ["balanced=True"]) == {"balanced": True}
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [

@@ -85,6 +85,18 @@ def test_counts_that_are_none_are_refused(counts, match):
         criteria.GALA(counts)
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (criteria.GALA, {"variant": "realeased"}), (criteria.GALA, {"accumulation": "duoble"}),
+        (criteria.ClassBalanced, {"divide_by": "weigths"}), (criteria.ClassBalanced, {"beta": 1.0}),
+    ],
+)  # fmt: skip
+def test_a_misspelt_setting_is_no_other_loss(kind, settings):
+    with pytest.raises(ValueError, match="allowed are"):
+        kind([5, 3], **settings)
+
+
 def test_logits_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"shape \(12, 5\); expected \(B, 4\), B = 12 labels"):
         criteria.CrossEntropy(COUNTS)(torch.zeros(12, 5), batch()[1])

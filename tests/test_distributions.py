@@ -26,7 +26,10 @@ def test_forward_follows_the_training_images_whatever_the_classes_are_called():
 
 
 def test_names_go_from_forward_to_backward():
-    assert distributions.names([2, 50]) == ["forward50", "forward2", "uniform", "backward2", "backward50"]
+    assert distributions.names([2, 50], 50) == ["forward50", "forward2", "uniform", "backward2", "backward50"]
+    # iNaturalist has three test images a class: a long tail of 50 cannot be drawn from them
+    assert distributions.names([2, 50], 3) == ["forward2", "uniform", "backward2"]
+    assert distributions.names([2, 50], 1) == ["uniform"]
 
 
 def test_a_draw_has_the_frequencies_and_another_seed_other_images():
@@ -54,7 +57,7 @@ def test_accuracies_are_those_of_the_drawn_images():
     rows = distributions.evaluate(
         {"raw": logits, "other": -logits}, labels, counts, ratios=[3, 10], draws=4, transductive={"re": rebalancing}
     )
-    assert [row["distribution"] for row in rows[::3]] == distributions.names([3, 10])
+    assert [row["distribution"] for row in rows[::3]] == distributions.names([3, 10], 300)
     assert [row["correction"] for row in rows[:3]] == ["raw", "other", "re"]
     wanted = distributions.frequencies("backward10", counts, 300)
     raw, other, re = rows[-3:]

@@ -431,3 +431,17 @@ def test_gradient_ratios_of_a_resumed_training_are_those_of_an_uninterrupted_one
     with pytest.raises(StopError):
         fit(**settings, checkpoint=checkpoint, on_epoch=stop)
     assert fit(**settings, checkpoint=checkpoint).history == whole.history
+
+
+def test_a_batch_norm_of_features_wants_two_rows():
+    inference.set_up(0)
+    images, labels = torch.randn(33, 8, 1, 1), torch.arange(33) % 3
+    network = networks.build(
+        hidden=0, standardize=True, channels=8, classes=3, experts=1, head="linear", scale=1.0, mean=[0.0], std=[1.0]
+    )
+    loss = losses.load("ce")(torch.bincount(labels))
+    recipe = {key: value for key, value in RECIPE.items() if key != "test_every"} | {"batch_size": 32}
+    off = {"crop_padding": 0, "flip": False, "rotation": 0, "cutout": 0}
+    recipe["augmentation"] = recipe["augmentation"] | off
+    with pytest.raises(ValueError, match="33 images in batches of 32 leave a batch of 1, too small"):
+        engine.Training(network, loss, batches.Split(images, labels, 3), seed=0, **recipe)

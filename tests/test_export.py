@@ -1,6 +1,7 @@
 """A cell as a file that needs no code of ours, and behind MLflow's server: the pipeline's own answers."""
 
 import base64
+import io
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ import torch
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from longtail import cli, networks
 from longtail.posthoc import predictions
@@ -219,7 +221,7 @@ def test_whatever_is_asked_for_is_an_image_or_its_row_is_named(data, damage, byt
     from longtail.tracking.served import Served
 
     served = Served()
-    served.about = {"height": 8, "width": 8, "channels": 3}
+    served.about = {"size": 8, "channels": 3, "fit": "squash", "exif_orientation": False}
     whole = bytearray(export.encoded(np.zeros((8, 8, 3), np.uint8)))
     whole[damage % len(whole)] = byte
     for asked in (data, bytes(whole)):
@@ -243,12 +245,31 @@ def test_whatever_is_asked_for_is_features_or_its_row_is_named(values):
             assert "row 7" in str(error)
 
 
+@pytest.mark.parametrize("fit", ["crop", "pad", "squash"])
+@pytest.mark.parametrize("turn", [False, True])
+def test_what_is_served_is_decoded_as_the_pipeline_decodes_it(fit, turn):
+    """A wide photograph with EXIF's orientation, and 16-bit grey."""
+    from longtail.data import decode
+    from longtail.tracking.served import Served
+
+    served, rng = Served(), np.random.default_rng(0)
+    served.about = {"size": 8, "channels": 3, "fit": fit, "exif_orientation": turn}
+    wide, exif = io.BytesIO(), Image.Exif()
+    exif[decode.ORIENTATION] = 6
+    Image.fromarray(rng.integers(0, 256, (30, 50, 3), dtype=np.uint8)).save(wide, "JPEG", exif=exif)
+    deep = io.BytesIO()
+    Image.fromarray(rng.integers(0, 65536, (20, 20)).astype(np.uint16)).save(deep, "PNG")
+    for file in (wide.getvalue(), deep.getvalue()):
+        wanted, _ = decode.decode(file, size=8, channels=3, fit=fit, exif_orientation=turn)
+        np.testing.assert_array_equal(served.decode(0, file), wanted)
+
+
 def test_an_image_of_another_size_is_resized():
     """As Pillow does it; the same size stays as it is."""
     from longtail.tracking.served import Served
 
     served = Served()
-    served.about = {"height": 8, "width": 8, "channels": 3}
+    served.about = {"size": 8, "channels": 3, "fit": "squash", "exif_orientation": False}
     image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     np.testing.assert_array_equal(served.decode(0, export.encoded(image)), image)
     assert served.decode(0, export.encoded(image.repeat(2, 0).repeat(2, 1))).shape == (8, 8, 3)

@@ -75,12 +75,13 @@ def test_the_harness_sees_what_is_wrong(bench):
     assert bench.project.damaged() == [str(cached.relative_to(root))]
 
 
-def test_what_plain_dvc_had_half_written_is_mended(bench):
+@pytest.mark.parametrize("written", ["", "    cmd: python check.py\n    outs:\n    - path: data/params.ok\n"])
+def test_what_plain_dvc_had_half_written_is_mended(bench, written):
     target = faults.Target("check", (*faults.DVC, "repro", STAGES["check"]), (STAGES["check"],))
     bench.prepare(target)
     root, committed = bench.project.root, bench.locks
     assert bench.project.mend(committed) == []
-    (root / "stages/dvc.lock").write_text("schema: '2.0'\nstages:\n  check:\n")
+    (root / "stages/dvc.lock").write_text("schema: '2.0'\nstages:\n  check:\n" + written)
     (root / ".dvc/tmp/rwlock").write_text('{"read": ')
     left = "data/raw/.mlqNSOPZGmpSQFqaSqLW5w.tmp"
     (root / left).touch()

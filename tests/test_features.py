@@ -70,7 +70,7 @@ def test_heads_are_exported_and_served_for_features_as_they_are(
     images = features_BD[:, None, None, :]
     cell = SimpleNamespace(
         network=network, deployed=export.Deployed(network, correction).eval(), images=images, logits=wanted, title="x",
-        classes=["a", "b", "c", "d"], results=tmp_path, correction_name="none",
+        classes=["a", "b", "c", "d"], results=tmp_path, correction_name="none", reading=export.READING,
     )  # fmt: skip
     assert export.export(cell, tmp_path / "heads.pt2") < 1e-4
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
@@ -113,6 +113,13 @@ def test_features_go_through_batches_as_they_are() -> None:
     assert torch.equal(split.images, before)  # nothing was done in place
 
 
+def test_heads_that_were_trained_apart_are_one_network() -> None:
+    settings = {"hidden": 0, "standardize": True, "channels": 6, "classes": 4, "experts": 1, "head": "cosine",
+                "scale": 10.0, "mean": [0.0], "std": [1.0]}  # fmt: skip
+    alone, images = [networks.build(**settings).eval() for _ in range(2)], torch.randn(3, 6, 1, 1)
+    torch.testing.assert_close(networks.Apart(alone)(images), torch.cat([one(images) for one in alone]))
+
+
 def test_what_is_neither_image_nor_features_is_refused() -> None:
     for wrong in (np.zeros((2, 3, 3, 1), np.float32), np.zeros((2, 1, 1, 3)), np.zeros((2, 3), np.float32)):
         with pytest.raises(ValueError, match=r"nor features, float32 \(N, 1, 1, D\)"):
@@ -127,6 +134,7 @@ def test_what_is_neither_image_nor_features_is_refused() -> None:
     [
         ("recipes.probe.augmentation.flip", True, r"have no images: augmentation.flip must be off"),
         ("recipes.probe.cutmix_alpha", 1.0, r"have no images: cutmix_alpha must be off"),
+        ("recipes.probe.sync_batch_norm", True, r"have no images: sync_batch_norm must be off"),
         ("recipes.probe.normalization", {"mean": [0.5] * 3, "std": [0.5] * 3}, r"normalization must be off"),
         ("recipes.probe.network.hidden", -1, r"recipes.probe.network.hidden = -1"),
         ("features.cifar100_ldam_if100_lite0.backbone", "x", r"'x': not in backbones; there are"),
@@ -146,6 +154,14 @@ def test_what_is_neither_image_nor_features_is_refused() -> None:
 def test_what_does_not_fit_is_named(key: str, value: object, said: str) -> None:
     with pytest.raises(params.ParamsError, match=said):
         params.validate(changed(key, value))
+
+
+def test_features_have_no_mirror_image() -> None:
+    values = changed("methods.balpoe_mirrored", {"fuse": ["balpoe"], "mirrored": True})
+    plan = values["plans"]["frozen-cifar100"]
+    plan["methods"], plan["fuse"] = [*plan["methods"], "balpoe_mirrored"], ["balpoe_mirrored"]
+    with pytest.raises(params.ParamsError, match="balpoe_mirrored is mirrored, and features have no mirror image"):
+        params.validate(values)
 
 
 def test_a_recipe_that_the_schema_lets_through_can_be_built() -> None:
@@ -248,6 +264,8 @@ def test_bad_weights_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=said):
             backbones.load(**LOAD, weights=str(weights), **more)
+    with pytest.raises(ValueError, match="sha256: belongs to a weights file; weights are 'none'"):
+        backbones.load(**LOAD, weights="none", sha256="0" * 64)
     with pytest.raises(ValueError, match="'keras' is unknown; allowed are timm, torchvision"):
         backbones.load(**LOAD | {"library": "keras"}, weights="none")
 
@@ -260,6 +278,16 @@ def test_torchvision_by_name() -> None:
     assert found.shape == (2, 512) and found.isfinite().all()
     with pytest.raises(ValueError, match=r"torchvision has no 'resnet17'; it has .*resnet18"):
         backbones.load(library="torchvision", network="resnet17", weights="none")
+
+
+def test_a_resolution_that_the_network_does_not_take_is_named() -> None:
+    with pytest.raises(ValueError, match="resolution: vit_tiny_patch16_224 does not take images of 128 x 128"):
+        backbones.load(library="timm", network="vit_tiny_patch16_224", weights="none", resolution=128)
+
+
+def test_networks_that_transform_their_input_do_so_whatever_the_weights() -> None:
+    made = backbones._torchvision("googlenet", pretrained=False)
+    assert made.network.transform_input is True
 
 
 def test_imagenet_weights_know_what_they_see() -> None:
@@ -339,6 +367,31 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
     calls += [0] * 10
     features.extract("in.npz", "resumed.npz", fingerprint="b", **block)
     assert sum(calls[10:]) == 9 + 5 - 3 * 2 + 3  # what was not there yet, and one image a split to ask for the width
+    assert Path("whole.npz").read_bytes() == Path("resumed.npz").read_bytes()
+
+
+@pytest.mark.usefixtures("tiny")
+def test_shards_of_other_weights_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weights file without a digest may be another one when the run goes on."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(features, "SHARD", 2)
+    data_set(tmp_path / "in.npz")
+    block, plain, calls = LOAD | {"weights": str(tmp_path / "a.pth")}, backbones.Backbone.features, []
+    weights_file(tmp_path / "a.pth")
+
+    def killed(self: backbones.Backbone, images: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return plain(self, images)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(backbones.Backbone, "features", killed)
+        features.extract("in.npz", "out.npz", fingerprint="b", **block)
+    state = torch.load(tmp_path / "a.pth", weights_only=True)
+    torch.save({name: value * 2 for name, value in state.items()}, tmp_path / "a.pth")
+    features.extract("in.npz", "resumed.npz", fingerprint="b", **block)
+    features.extract("in.npz", "whole.npz", fingerprint="c", **block)
     assert Path("whole.npz").read_bytes() == Path("resumed.npz").read_bytes()
 
 

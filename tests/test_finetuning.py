@@ -186,14 +186,16 @@ def test_features_are_refused(here: Path) -> None:
 def test_what_passed_the_trunk_is_what_passes_it(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network, given = make(), small.arrays()
     split = batches.Split.from_arrays(given["train_images"], given["train_labels"], 3, "cpu")
-    passed = trunk.passed(network, split)
+    passed = trunk.passed(network, {"train": split})["train"]
     torch.testing.assert_close(passed.images, network.before(split.images / 255), rtol=1e-4, atol=1e-5)
-    assert torch.equal(trunk.passed(make(seed=9), split).images, passed.images)  # heads are not what it is kept by
+    assert torch.equal(
+        trunk.passed(make(seed=9), {"train": split})["train"].images, passed.images
+    )  # heads are not what it is kept by
     assert len([*Path("runs/.trunk").iterdir()]) == 1
-    trunk.passed(make(trained=2), split)
+    trunk.passed(make(trained=2), {"train": split})
     assert len([*Path("runs/.trunk").iterdir()]) == 2
     monkeypatch.setattr(trunk, "LARGEST", 1000)
-    assert trunk.passed(network, split) is split
+    assert trunk.passed(network, {"train": split})["train"] is split
 
 
 # -------------------------------------------------------------------------------------------------- killed

@@ -199,6 +199,21 @@ def test_experts_apart_are_their_networks_side_by_side(tmp_path):
     assert networks.to_bytes(fused) == (tmp_path / "fused/model/last.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_mirrored_network_says_the_same_of_an_image_and_of_its_mirror_image(tmp_path, count):
+    cells = [cell(tmp_path / str(seed), seed) for seed in range(count)]
+    fusion.run("f" * 16, cells, mirrored=True, out=str(tmp_path / "model"), history=str(tmp_path / "history.csv"))
+    mirrored, images = networks.load(tmp_path / "model/last.safetensors"), torch.randn(4, 1, 8, 8)
+    for number, one in enumerate(cells):
+        alone = networks.load(f"{one}/model/last.safetensors")
+        expected = torch.stack([(alone(image[None]) + alone(image.flip(-1)[None]))[0, 0] / 2 for image in images])
+        torch.testing.assert_close(mirrored(images)[number], expected)
+        assert not torch.allclose(alone(images)[0], expected, atol=0.01)
+    torch.testing.assert_close(mirrored(images.flip(3)), mirrored(images), rtol=0, atol=0)
+    assert mirrored.settings["experts"] == count
+    assert networks.to_bytes(mirrored) == (tmp_path / "model/last.safetensors").read_bytes()
+
+
 def test_experts_that_do_not_fit_are_refused(tmp_path):
     cells = [cell(tmp_path / str(epochs), 0, epochs=epochs) for epochs in (2, 3)]
     with pytest.raises(ValueError, match=r"trained for \[2, 3\] epochs"):

@@ -330,7 +330,8 @@ def test_a_chain_that_is_killed_again_and_again_ends_with_the_same_bytes(chain, 
     assert kills >= 2
     # what a kill between the beginning of a write and its renaming leaves, which few kills meet by themselves
     (tmp_path / "out/model").mkdir(parents=True, exist_ok=True)
-    (tmp_path / "out/model/.step_01.safetensors.pibfl119").touch()
+    for left in ("model/.step_01.safetensors.pibfl119", ".history.csv.pibfl119", ".predictions.npz.pibfl119"):
+        (tmp_path / "out" / left).touch()
     subprocess.run(command, cwd=tmp_path, env=environment, check=True)
     assert content(tmp_path / "out") == content(chain / "out")
     assert not [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
@@ -622,11 +623,14 @@ def test_mlflow_has_a_run_for_each_chain_and_read_out_once(chain, tmp_path, monk
     cell = chains.Cell("x", "d", "o", "p", "r", "t", "0")
     outs = [{"path": f"{cell.results}/{name}"} for name in ("summary.json", "steps.csv", "history.csv")]
 
-    def lock():
+    def lock(code="a", model="m", of="m"):
         for out in outs:
             out["md5"] = hashlib.md5((tmp_path / out["path"]).read_bytes()).hexdigest()
         entry = {"cmd": "python", "params": {"params.yaml": {"incremental.trainings.t": {"loss": "ce"}}}}
         stages = {f"{stage}-x@{cell.name}": dict(entry) for stage in chains.STAGES}
+        stages[f"train-x@{cell.name}"] = entry | {"outs": [{"path": "model", "md5": model}]}
+        read = [{"path": "stages/code/incremental_predict.txt", "md5": code}, {"path": "model", "md5": of}]
+        stages[f"predict-x@{cell.name}"] = entry | {"deps": read}
         stages[f"readout-x@{cell.name}"]["outs"] = outs
         files.write_text(tmp_path / "stages/x/dvc.lock", yaml.safe_dump({"schema": "2.0", "stages": stages}))
 
@@ -651,6 +655,25 @@ def test_mlflow_has_a_run_for_each_chain_and_read_out_once(chain, tmp_path, monk
     lock()
     assert tracking.sync(tmp_path, {"x": PLAN})[0]["created"] == 1
     assert tracking.sync(tmp_path, {"x": PLAN})[0] == {"created": 0, "unchanged": 1, "superseded": 0}
+    lock(code="adopted")  # other code that does the same makes no other run
+    assert tracking.sync(tmp_path, {"x": PLAN})[0] == {"created": 0, "unchanged": 1, "superseded": 0}
+    lock(model="trained anew", of="m")  # killed before its logits were made again
+    counts, notes = tracking.sync(tmp_path, {"x": PLAN})
+    assert not any(counts.values()) and "a stage is from before the last change of model" in notes[0]
+    lock(model="n", of="n")
+    assert tracking.sync(tmp_path, {"x": PLAN})[0]["created"] == 1
+
+    def current():
+        with open_store(tmp_path) as store:
+            return [run for run in store.runs() if run.data.tags.get("longtail.current") == "yes"]
+
+    (whole,) = [run for run in current() if run.data.tags["longtail.kind"] == "chain"]
+    with open_store(tmp_path) as store:  # as if it had been cut off before the last key
+        store.client.delete_tag(whole.info.run_id, "longtail.key")
+    assert tracking.sync(tmp_path, {"x": PLAN})[0]["created"] == 1
+    assert len([run for run in current() if run.data.tags["longtail.kind"] == "chain"]) == 1
+    tracking.sync(tmp_path, {"x": PLAN | {"seeds": [1]}})  # it has left the plan
+    assert not current()
 
 
 # --- the pipeline -----------------------------------------------------------------------------------------------------
@@ -692,6 +715,14 @@ def test_cells_are_found_by_their_names():
         ({"trainings": {"replay": {"teacher": "bias_layer"}}}, "no effect without distillation"),
         ({"recipes": {"digits": {"first": {"weight_average": 0.9}}}}, "weight_average must be 0"),
         ({"recipes": {"digits": {"first": {"network": {"width": 4}}, "body": "preactivation"}}}, "width: 4; with body"),
+        (
+            {"recipes": {"digits": {"first": {"network": {"shared_groups": 2}}, "body": "preactivation"}}},
+            "shared_groups: with",
+        ),
+        (
+            {"recipes": {"survey": {"first": {"resolution": {"milestones": [190], "scales": [0.5]}}}}},
+            "later.schedule goes on after the last of 170",
+        ),
         ({"readouts": {"energy_aligning": {"reading": "none"}}}, "reading"),
     ],
 )

@@ -274,6 +274,13 @@ def test_a_tar_gz_has_to_be_unpacked(here: Path) -> None:
         index.make(**settings("inaturalist_2018"))
 
 
+def test_an_archive_beside_its_tree_is_not_read(here: Path) -> None:
+    large_trees.imagenet(here)
+    (here / "imagenet/ILSVRC2012_img_train.tar").write_bytes(b"half of a download")
+    (here / "imagenet/ILSVRC2012_img_val.tar").write_bytes(b"half of a download")
+    assert len(index.make(**settings("imagenet_lt"))["train_labels"])
+
+
 def test_a_cut_off_tar_is_named(here: Path) -> None:
     large_trees.imagenet(here)
     large_trees.pack(here / "imagenet", "ILSVRC2012_img_val.tar", "val")
@@ -463,10 +470,52 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(
     assert not list(Path("runs/.features").rglob("*.npz"))
 
 
-def test_broken_files_are_all_named_and_leaving_them_out_computes_nothing_again(
+def test_a_shard_that_another_process_writes_meanwhile_moves_no_row(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decoded images are of what was missing at the beginning; a lock keeps two from it in the first place."""
+    large_trees.inaturalist(here)
+    monkeypatch.setattr(indexed, "SHARD", 16)
+    monkeypatch.setattr(indexed, "CHUNK", 5)
+    arrays = index.make(**settings("inaturalist_2018"))
+    kept: dict[str, bytes] = {}
+
+    def keep(path: Path, *rest: object) -> None:
+        original(path, *rest)
+        kept[path.name] = path.read_bytes()
+
+    def beside(path: Path, *rest: object) -> None:
+        original(path, *rest)
+        path.with_name("train-000000016.npz").write_bytes(kept["train-000000016.npz"])
+        with pytest.raises(ValueError, match=r"process \d+ is computing these features"):
+            extract(here / "other.npz", arrays, "inaturalist_2018")
+
+    original = indexed._shard
+    for out, patch in (("whole.npz", keep), ("again.npz", beside)):
+        with monkeypatch.context() as patched:
+            patched.setattr(indexed, "_shard", patch)
+            extract(here / out, arrays, "inaturalist_2018")
+    assert (here / "again.npz").read_bytes() == (here / "whole.npz").read_bytes()
+
+
+def test_a_file_that_was_mended_is_read_again(here: Path) -> None:
+    """Damaged to zeros and put back: it has the size that it had, by which the index knows it."""
+    large_trees.inaturalist(here)
+    path = sorted((here / "inaturalist2018/train_val2018").rglob("*.jpg"))[10]
+    whole = path.read_bytes()
+    path.write_bytes(bytes(len(whole)))
+    arrays = index.make(**settings("inaturalist_2018"))
+    with pytest.raises(ValueError, match="1 files are no usable images"):
+        extract(here / "out.npz", arrays, "inaturalist_2018")
+    path.write_bytes(whole)
+    assert len(extract(here / "out.npz", arrays, "inaturalist_2018")["train_labels"]) == len(arrays["train_labels"])
+
+
+def test_broken_files_are_all_named_and_leaving_them_out_computes_others_not_again(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     large_trees.inaturalist(here)
+    monkeypatch.setattr(indexed, "SHARD", 16)
     broken = sorted((here / "inaturalist2018/train_val2018").rglob("*.jpg"))[10:12]
     for path in broken:
         path.write_bytes(path.read_bytes()[:-100])
@@ -474,9 +523,12 @@ def test_broken_files_are_all_named_and_leaving_them_out_computes_nothing_again(
     with pytest.raises(ValueError, match=r"2 files are no usable images: .*leave them out") as error:
         extract(here / "out.npz", arrays, "inaturalist_2018")
     assert all(path.name in str(error.value) for path in broken)
+    computed: list[Path] = []
+    original = indexed._shard
     with monkeypatch.context() as patched:
-        patched.setattr(indexed, "_shard", lambda *_: pytest.fail("computed again"))
+        patched.setattr(indexed, "_shard", lambda path, *rest: (computed.append(path), original(path, *rest)))
         found = extract(here / "out.npz", arrays, "inaturalist_2018", broken="leave_out")
+    assert 1 <= len(computed) <= len(broken)
     assert "left out, no usable images: 2: " in capsys.readouterr().out
     before = len(arrays["train_labels"]) + len(arrays["test_labels"])
     assert len(found["train_labels"]) + len(found["test_labels"]) == before - 2
@@ -492,6 +544,21 @@ def test_a_class_of_which_nothing_is_left_is_named(here: Path) -> None:
     arrays = index.make(**settings("inaturalist_2018"))
     with pytest.raises(ValueError, match="train: of class 4 no image is left"):
         extract(here / "out.npz", arrays, "inaturalist_2018", broken="leave_out")
+
+
+def test_after_that_a_mended_file_is_read_again(here: Path) -> None:
+    large_trees.inaturalist(here)
+    paths = [*(here / "inaturalist2018/train_val2018" / large_trees.SUPER[1] / "4").iterdir()]
+    whole = [path.read_bytes() for path in paths]
+    for path in paths:
+        path.write_bytes(bytes(path.stat().st_size))
+    arrays = index.make(**settings("inaturalist_2018"))
+    with pytest.raises(ValueError, match="train: of class 4 no image is left"):
+        extract(here / "out.npz", arrays, "inaturalist_2018", broken="leave_out")
+    for path, content in zip(paths, whole, strict=True):
+        path.write_bytes(content)
+    found = extract(here / "out.npz", arrays, "inaturalist_2018", broken="leave_out")
+    assert len(found["train_labels"]) == len(arrays["train_labels"])
 
 
 def test_a_piece_of_an_archive_is_read_to_its_length(tmp_path: Path) -> None:

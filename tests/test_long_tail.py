@@ -246,6 +246,48 @@ def test_hold_out_is_a_split_class_by_class(sizes: list[int], fraction: float, s
             assert abs(count - exact) <= 0.5 + 1e-9 or count in (1, size - 1)  # 0.7 * 25 is no float
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 12)), min_size=4, max_size=60),
+    st.floats(0, 0.9),
+    st.integers(0, 9),
+)
+def test_what_belongs_together_is_held_out_together(rows: list[tuple[int, int]], fraction: float, seed: int) -> None:
+    """Groups may have rows of several classes; no class has more held out than without groups, nor all of it."""
+    labels, groups = np.array([*rows, *((c, 100 + c) for c in range(4))]).T
+    train, held = long_tail.hold_out(labels, fraction=fraction, seed=seed, groups=groups)
+    assert sorted([*train, *held]) == list(range(len(labels)))
+    assert not set(groups[train]) & set(groups[held])
+    alone = np.bincount(labels[long_tail.hold_out(labels, fraction=fraction, seed=seed)[1]], minlength=4)
+    assert (np.bincount(labels[held], minlength=4) <= alone).all()
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 12)), min_size=4, max_size=60),
+    st.floats(0, 0.9),
+    st.integers(0, 9),
+)
+def test_held_out_groups_are_its_twin(rows: list[tuple[int, int]], fraction: float, seed: int) -> None:
+    """Row after row in each class's order: its group goes where the quota of every class in it has room."""
+    labels, groups = np.array([*rows, *((c, 100 + c) for c in range(4))]).T
+    found = long_tail.hold_out(labels, fraction=fraction, seed=seed, groups=groups)[1].tolist()
+    alone = long_tail.hold_out(labels, fraction=fraction, seed=seed)[1]
+    room, held = [int((labels[alone] == c).sum()) for c in range(4)], set[int]()
+    for label in range(4):
+        for row in long_tail._generator(seed, label, long_tail.HOLD_OUT).permutation(np.flatnonzero(labels == label)):
+            group = [other for other in range(len(labels)) if groups[other] == groups[row]]
+            wanted = [sum(labels[other] == c for other in group) for c in range(4)]
+            if row not in held and all(w <= r for w, r in zip(wanted, room, strict=True)):
+                held |= {*group}
+                room = [r - w for w, r in zip(wanted, room, strict=True)]
+    assert found == sorted(held)
+
+
+def test_where_every_row_is_its_own_group_nothing_changes() -> None:
+    plain, own = (long_tail.hold_out(BALANCED, fraction=0.3, seed=1, groups=groups)[1].tolist()
+                  for groups in (None, np.arange(len(BALANCED))))  # fmt: skip
+    assert plain == own
+
+
 def test_hold_out_hangs_on_its_seed_and_not_on_the_draw_of_subsample() -> None:
     first, again, other = (long_tail.hold_out(BALANCED, fraction=0.5, seed=seed)[1].tolist() for seed in (0, 0, 1))
     assert first == again != other

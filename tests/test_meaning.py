@@ -169,3 +169,98 @@ def test_files_beside_count_and_the_layout_of_cpp_does_not(tmp_path):
     assert program(tmp_path, files | {"k.cpp": other.replace("//no", "//yes")})[0] != was[0]
     assert program(tmp_path, files | {"k.cpp": other.replace("1\n", "1 ", 1)})[0] != was[0]
     assert program(tmp_path, files | {"page.j2": "<p> "})[0] != was[0]
+
+
+ONE = "def helper():\n    return {}\n"
+USE = "def run():\n    return helper()\n"
+EITHER = "try:\n    from longtail.b import helper\nexcept ImportError:\n    from longtail.c import helper\n"
+BOTH = """
+def run(x):
+    if x:
+        from longtail.b import helper
+    else:
+        from longtail.c import helper
+    return helper()
+"""
+METHODS = """
+from longtail.b import helper
+class run:
+    def f(self):
+        return helper()
+    def g(self):
+        from longtail.c import helper
+        return helper()
+"""
+CLASS = """
+class run:
+    from longtail.b import helper
+    def f(self):
+        return self.helper()
+"""
+CHECKED = """
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    X = 0
+else:
+    from longtail.b import X
+def run():
+    return X
+"""
+EFFECT = "import os\nos.environ['A'] = '{}'\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "content"),
+    [  # a module, and what is edited of what it uses: none of these edits was seen once
+        (EITHER + USE, "b.py", ONE),
+        (EITHER + USE, "c.py", ONE),
+        ("from functools import cache\nfrom longtail.b import helper\nhelper = cache(helper)\n" + USE, "b.py", ONE),
+        (BOTH, "b.py", ONE),
+        (METHODS, "b.py", ONE),
+        ("from longtail.b import helper\nclass run:\n    helper = staticmethod(helper)\n", "b.py", ONE),
+        (CLASS, "b.py", ONE),
+        ("from longtail.b import x\ndef run():\n    return [x for x in x]\n", "b.py", "x = (1, {})\n"),
+        ("import longtail.c\ndef run():\n    return 1\n", "c.py", EFFECT),
+        ("def run():\n    import longtail.c\n", "c.py", EFFECT),
+        ("def run():\n    from longtail import p\n", "p/q.py", EFFECT),
+        ("def run():\n    from longtail.r import helper\n", "r.py", EFFECT + "from longtail.b import helper\n"),
+        ("from longtail import p\ndef run(n):\n    return getattr(p, n)\n", "p/q.py", ONE),
+        ("from longtail import c\n" + USE, "c.py", "import os\nif os:\n    x = 1\n    os.umask({})\n"),
+        (CHECKED, "b.py", "X = {}\n"),
+        ("from longtail import m\ndef run():\n    return m.helper()\n", "m/__init__.py", ONE),
+        ("def run():\n    return open('k.cpp')\n", "k.cpp", "int f(int a, int b) {{ return a {} b; }}\n"),
+        ("def run():\n    return open('k.cpp')\n", "k.cpp", "#define A{}(x) +x\n"),
+    ],
+)
+def test_no_way_to_import_hides_an_edit(tmp_path, text, name, content):
+    files = {
+        "__init__.py": "", "a.py": text, "b.py": ONE.format(1) + "x = (1, 2)\nX = 1\n", "c.py": ONE.format(10),
+        "p/__init__.py": "from longtail.p.q import helper\n", "p/q.py": ONE.format(1), "m.py": ONE.format(1),
+    }  # fmt: skip
+    old, new = ("++ +", "+ ++") if "return a" in content else ("", " ") if "#define" in content else ("1", "2")
+    was, now = (program(tmp_path, files | {name: content.format(part)}) for part in (old, new))
+    assert was[0] != now[0] and was[1] == now[1]
+
+
+def test_what_is_written_otherwise_there_is_no_edit(tmp_path):
+    loose = "def run(x):\n    if x:\n        return 1\n    else:\n        pass\n"
+    tight = "def run(x):\n    if x:\n        return 1\n"
+    assert program(tmp_path, {"a.py": loose}) == program(tmp_path, {"a.py": tight})
+    files = {"a.py": "def run():\n    return open('k.cpp')\n"}
+    spaced, dense = "#define  A(x)   +x\nint f() { return a ++ + b; }  // x", "#define A(x) +x\nint f(){return a++ +b;}"
+    assert program(tmp_path, files | {"k.cpp": spaced})[0] == program(tmp_path, files | {"k.cpp": dense})[0]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a.py": "from longtail.b import *\n" + USE}, r"a\.py: import \* is not followed; name what is imported"),
+        ({"a.py": "from longtail.p import helper\n" + USE, "p/helper.py": "X = 1\n", "p/q.py": ONE,
+          "p/__init__.py": "from longtail.p.q import helper\n"}, "helper is imported, and a file has that name, too"),
+        ({"a.py": "def run():\n    return open('k.cpp')\n", "k.cpp": '# include "k.h"\n'},
+         r"k\.cpp: #include of k\.h is not followed; write it into this file"),
+    ],
+)  # fmt: skip
+def test_what_nobody_could_follow_is_refused(tmp_path, files, message):
+    with pytest.raises(ValueError, match=message):
+        program(tmp_path, {"__init__.py": "", "b.py": ONE.format(1)} | files)

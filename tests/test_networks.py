@@ -1,5 +1,6 @@
 """Shapes, sizes and files of the networks."""
 
+from functools import partial
 from typing import get_args
 
 import pytest
@@ -116,6 +117,32 @@ def test_an_expert_adds_all_but_stem_and_first_group():
     assert parameters(three) - shared == 3 * (parameters(one) - shared)
 
 
+def test_an_expert_that_shares_two_groups_adds_the_third_and_a_head():
+    one, three = resnet(depth=32, shared_groups=2), resnet(depth=32, shared_groups=2, experts=3)
+    own = parameters(one.experts[0].group3) + parameters(one.experts[0].head)
+    assert parameters(three) - parameters(one) == 2 * own
+    assert parameters(one) == parameters(resnet(depth=32))
+
+
+def test_five_experts_that_share_two_groups_cost_what_three_do_that_share_one():
+    five, three = resnet(depth=32, experts=5, shared_groups=2), resnet(depth=32, experts=3)
+    assert multiply_adds(five, 32) == pytest.approx(multiply_adds(three, 32), rel=2e-3)
+    assert multiply_adds(three, 32) / 1e6 == pytest.approx(158.5, abs=0.1)
+
+
+def test_one_expert_is_the_same_network_whatever_it_would_share():
+    torch.manual_seed(0)
+    one = resnet().eval()
+    torch.manual_seed(0)
+    other = resnet(shared_groups=2).eval()
+    moved = {name.replace("experts.0.group2", "group2"): value for name, value in one.state_dict().items()}
+    assert {name: value.tolist() for name, value in other.state_dict().items()} == {
+        name: value.tolist() for name, value in moved.items()
+    }
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(other(images), one(images), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("architecture", networks.ARCHITECTURES)
 def test_an_expert_adds_two_layers_and_a_head(architecture):
     with torch.device("meta"):
@@ -154,7 +181,11 @@ def test_product_is_the_mean_of_logits_and_proportional_to_the_product_of_probab
     torch.testing.assert_close(mean_BC.softmax(-1), expected_BC)
 
 
-@pytest.mark.parametrize("make", [resnet, lambda **changes: large("resnet10", **changes)], ids=["cifar", "resnet10"])
+@pytest.mark.parametrize(
+    "make",
+    [resnet, partial(resnet, shared_groups=2), partial(large, "resnet10")],
+    ids=["cifar", "cifar that shares two groups", "resnet10"],
+)
 def test_a_saved_network_predicts_the_same_and_has_the_same_bytes(tmp_path, make):
     network = make(experts=2, head="cosine", scale=30.0).eval()
     path = networks.save(network, tmp_path / "n.safetensors")

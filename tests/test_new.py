@@ -64,6 +64,15 @@ def test_changed_images_get_a_new_hash_and_nothing_else(here: Path) -> None:
     assert before == after
 
 
+def test_what_is_asked_otherwise_of_a_source_that_is_there_is_refused(here: Path) -> None:
+    make(here / "pets", {"cat": 6, "dog": 4})
+    new.new("pets", new.Chosen())
+    new.new("pets", new.Chosen(broken="refuse", duplicates="refuse"))
+    for changes in ({"broken": "leave_out"}, {"duplicates": "report"}):
+        with pytest.raises(ValueError, match=r"is 'refuse' in params.yaml, not .*; give this one a --name"):
+            new.new("pets", new.Chosen(**changes))
+
+
 def test_what_is_broken_is_named_and_nothing_written(here: Path) -> None:
     make(here / "pets", {"cat": 6, "dog": 4})
     (here / "pets" / "cat" / "x.jpg").write_bytes(b"x")
@@ -83,6 +92,11 @@ def test_a_name_that_is_taken_or_none(here: Path) -> None:
         new.new("digits", new.Chosen(name="smoke"))
     with pytest.raises(ValueError, match=r"--name 'A B'"):
         new.new("digits", new.Chosen(name="A B"))
+    before = (here / "params.yaml").read_text()
+    for name in ("my-birds", "my birds", "birds_", 50 * "b"):  # features have a name of their own, a longer one
+        with pytest.raises(ValueError, match=r"--name '|at most 50 characters"):
+            new.new("digits", new.Chosen(name=name))
+    assert (here / "params.yaml").read_text() == before
 
 
 @pytest.mark.parametrize(("side", "size", "backbone"), [(20, 32, ""), (100, 96, ""), (300, 224, "_224")])
@@ -108,6 +122,25 @@ def test_embeddings_need_no_image(here: Path) -> None:
     found = params.load("params.yaml")
     assert found["plans"]["clip"]["datasets"] == ["clip"] and "clip" not in found["features"]
     assert read(found["sources"]["clip"])["train_images"].shape == (28, 1, 1, 7)
+
+
+def test_other_features_of_the_same_table_are_other_data(here: Path) -> None:
+    labels = "label\n" + "cat\n" * 8 + "dog\n" * 5
+    (here / "emb.csv").write_text(labels)
+    rng = np.random.default_rng(0)
+    for name in ("clip", "dino"):
+        np.save(here / f"{name}.npy", rng.normal(size=(13, 4)).astype(np.float32))
+    new.new("emb.csv", new.Chosen(features="clip.npy"))
+    for other in ("dino.npy", "nowhere.npy"):
+        with pytest.raises(
+            ValueError, match=r"sources.emb.features is '.*clip.npy' in params.yaml, not '.*; give this"
+        ):
+            new.new("emb.csv", new.Chosen(features=other))
+    assert new.new("emb.csv", new.Chosen(features="clip.npy")) == ["sources.emb: as it was"]
+    with_paths = "path,label\n" + "".join(f"{n}.png,{'cat' if n < 8 else 'dog'}\n" for n in range(13))
+    (here / "both.csv").write_text(with_paths)  # features are asked for: the paths are not looked at
+    new.new("both.csv", new.Chosen(features="dino.npy"))
+    assert params.load("params.yaml")["sources"]["both"]["reader"] == "embeddings"
 
 
 def test_a_block_is_written_as_an_experiment_would_leave_it(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -72,6 +73,25 @@ def test_a_cmyk_jpeg_keeps_its_colour() -> None:
     assert np.abs(pixels.astype(int) - (200, 30, 60)).max() < 8
 
 
+def test_whole_numbers_of_32_bits_have_no_known_range() -> None:
+    values = np.arange(256, dtype=np.int32).reshape(16, 16)
+    for scale in (1, 257):
+        with pytest.raises(decode.BrokenError, match="whole numbers of 32 bits, whose range is not known"):
+            decode.decode(encoded(Image.fromarray(values * scale), "TIFF"), **PLAIN)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "PPM"])
+def test_a_dark_image_of_16_bits_has_the_scale_of_a_bright_one(kind: str) -> None:
+    dark = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    for values in (dark, dark * 257):
+        data = encoded(Image.fromarray(values), "PNG")
+        if kind == "PPM":
+            data = b"P5 16 16 65535\n" + values.astype(">u2").tobytes()
+        found, facts = decode.decode(data, **PLAIN | {"size": 16, "channels": 1})
+        assert facts.kind == kind
+        np.testing.assert_array_equal(found[..., 0], (values.astype(int) + 128) // 257)
+
+
 def test_exif_orientation_is_a_setting() -> None:
     image = noise()
     exif = Image.Exif()
@@ -113,7 +133,7 @@ def test_broken_files_say_why() -> None:
         (large, "10000 x 10000 pixels, more than 89,478,485: a decompression bomb"),
         (huge, "more than 178,956,970 pixels: a decompression bomb"),
         (floats, "floating-point"),
-        (encoded(Image.fromarray(np.full((2, 2), 70_000, np.int32)), "TIFF"), "70000, neither 8 nor 16 bit"),
+        (encoded(Image.fromarray(np.full((2, 2), 70_000, np.int32)), "TIFF"), "whole numbers of 32 bits, whose range"),
     ):
         with pytest.raises(decode.BrokenError, match=why):
             decode.decode(data, **PLAIN)
@@ -152,6 +172,52 @@ def test_a_folder_of_class_folders(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_links_are_followed_and_those_to_nothing_are_named(tmp_path: Path) -> None:
+    make(tmp_path / "data", {"cat": 2, "dog": 1})
+    make(tmp_path / "elsewhere", {"owl": 2})
+    (tmp_path / "data/owl").symlink_to(tmp_path / "elsewhere/owl")
+    (tmp_path / "data/dog/1.png").symlink_to(tmp_path / "data/cat/000.png")
+    _, rows = listing.read(tmp_path / "data")
+    assert [row.label for row in rows] == ["cat", "cat", "dog", "dog", "owl", "owl"]
+    (tmp_path / "data/cat/9.png").symlink_to("nowhere.png")
+    with pytest.raises(ValueError, match=r"cat/9.png: a link to nothing \(nowhere.png\); fetch it"):
+        listing.read(tmp_path / "data")
+    (tmp_path / "data/cat/9.png").unlink()
+    (tmp_path / "data/cat/up").symlink_to(tmp_path / "data")
+    with pytest.raises(ValueError, match="a link to a folder that it lies in"):
+        listing.read(tmp_path / "data")
+    (tmp_path / "data/cat/up").unlink()
+    (tmp_path / "data/cat/loop").symlink_to("loop")
+    with pytest.raises(ValueError, match="cat/loop: a link that leads nowhere"):
+        listing.read(tmp_path / "data")
+
+
+def test_a_name_that_is_no_text_is_named(tmp_path: Path) -> None:
+    make(tmp_path, {"cat": 1})
+    os.makedirs(os.fsencode(str(tmp_path)) + b"/caf\xe9")
+    with pytest.raises(ValueError, match=r"the name 'caf\\udce9' is not UTF-8; rename it"):
+        listing.read(tmp_path)
+
+
+def test_an_image_outside_of_the_class_folders_is_named(tmp_path: Path) -> None:
+    make(tmp_path, {"train/cat": 2, "test/cat": 1})
+    (tmp_path / "train/x.png").write_bytes(encoded(noise(seed=1)))
+    with pytest.raises(ValueError, match=r"train/x\.png is in no class folder; expected train/<class>/x\.png"):
+        listing.read(tmp_path)
+    make(tmp_path / "plain", {"cat": 2, "dog": 1})
+    (tmp_path / "plain/x.PNG").write_bytes(encoded(noise(seed=1)))
+    with pytest.raises(ValueError, match=r"plain: x\.PNG is in no class folder; expected <class>/x\.PNG"):
+        listing.read(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("inside", ["", "train/"])
+def test_what_is_no_image_beside_the_class_folders_is_left_out(tmp_path: Path, inside: str) -> None:
+    make(tmp_path, {"train/cat": 2, "test/cat": 1} if inside else {"cat": 2, "dog": 1})
+    for name in ("metadata.csv", "README.txt", "Thumbs.db"):
+        (tmp_path / inside / name).write_text("x")
+    assert len(listing.read(tmp_path)[1]) == 3
+
+
 def test_train_and_test_folders_are_splits(tmp_path: Path) -> None:
     make(tmp_path / "train", {"a": 1})
     make(tmp_path / "test", {"a": 1})
@@ -169,7 +235,21 @@ def test_tables_say_the_same_as_csv_and_parquet(tmp_path: Path) -> None:
     root, rows = listing.read(tmp_path / "t.parquet")
     assert root == tmp_path
     assert rows == [listing.Row("a.png", "0", None, "train"), listing.Row("b.png", "1", "x", "test")]
-    assert listing.read(tmp_path / "t.csv")[1][1] == rows[1]
+    assert listing.read(tmp_path / "t.csv")[1] == rows
+
+
+def test_names_that_look_like_numbers_are_names(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("path,label,group\n0001,01,1\n0002,1,01\n0003,1e3,\n")
+    assert listing.read(tmp_path / "t.csv")[1] == [
+        listing.Row("0001", "01", "1", None), listing.Row("0002", "1", "01", None),
+        listing.Row("0003", "1e3", None, None),
+    ]  # fmt: skip
+
+
+def test_no_group_is_written_in_many_ways(tmp_path: Path) -> None:
+    lines = [f"{n},a,{group}" for n, group in enumerate(["", "NA", "null", "NaN", "7"])]
+    (tmp_path / "t.csv").write_text("\n".join(["path,label,group", *lines]))
+    assert [row.group for row in listing.read(tmp_path / "t.csv")[1]] == [None] * 4 + ["7"]
 
 
 @pytest.mark.parametrize(
@@ -248,6 +328,16 @@ def test_another_class_changes_no_draw() -> None:
     assert one[:20].tolist() != split.draw(["a"] * 20, range(20), test_per_class=5, test_share=0.5, seed=4).tolist()
 
 
+def test_rows_before_a_class_change_no_draw_in_it() -> None:
+    """Groups are row numbers; as text, 10 came before 8."""
+    tests = []
+    for before in (5, 6, 8, 10):
+        labels = ["a"] * before + ["m"] * 12
+        found = split.draw(labels, range(len(labels)), test_per_class=3, test_share=0.5, seed=0)
+        tests.append(np.flatnonzero(found[before:]).tolist())
+    assert tests.count(tests[0]) == 4
+
+
 def test_joined_finds_what_hangs_together() -> None:
     found = split.joined(["p", None, "q", "p", None], [b"1", b"2", b"3", b"3", b"4"])
     assert found[0] == found[3] == found[2]  # p with p, and the content 3 with 3
@@ -286,6 +376,21 @@ def test_copies_of_one_label_stay_together() -> None:
         sides = [part for part in ("train", "test") if (found[f"{part}_images"][:, 0, 0, 0] == 0).any()]
         assert len(sides) == 1
         assert report["copies_kept_together"] == 1
+
+
+def test_groups_and_copies_stay_together_in_what_is_held_out() -> None:
+    """Twenty groups of three in each class, and a copy: a cut that holds a fifth out tears none of them."""
+    groups = [n // 3 for n in range(120)]
+    contents = [*range(119), 0]  # the last one is a copy of the first, in another group
+    many = [listing.Row(f"{n:03}.png", "ab"[n % 60 // 30], str(groups[n])) for n in range(120)]
+    many[119] = listing.Row("119.png", "a", "39")
+    found, _ = own.arrays(many, values(contents), **RULE | {"test_per_class": 12})
+    cut = long_tail.cut(found, profile="as_is", seed=0, held_out=0.2)
+    of = {content: group for content, group in zip(contents[:119], groups[:119], strict=True)} | {0: groups[0]}
+    sides = [{of[int(image[0, 0, 0])] for image in cut[f"{part}_images"]} for part in ("train", "held_out")]
+    assert len(sides[1]) > 3 and not sides[0] & sides[1]
+    plain, _ = own.arrays(rows("aaabbb"), values([*range(6)]), **RULE)
+    assert long_tail.GROUPS not in plain  # nothing belongs together
 
 
 def test_a_copy_with_another_label_is_refused() -> None:
@@ -416,6 +521,7 @@ def test_embeddings_from_npy_and_from_parquet_are_the_same(tmp_path: Path) -> No
         (np.zeros((9, 5)), r"float64 of shape \(9, 5\); allowed are numbers \(10, D\)"),
         (np.zeros(10), "float64 of shape"),
         (np.full((10, 2), np.nan), "row 0 is not finite"),
+        (np.full((10, 2), 1e39), "row 0 is not finite in float32"),
         (np.zeros((10, 2), int), "int64 of shape"),
     ],
 )

@@ -147,7 +147,8 @@ BAD = [
         ["ce", "magic"],
         "methods.balpoe_apart.fuse = 'magic': not in methods; there are ce,",
     ),
-    ("methods.balpoe_apart.fuse", ["ce"], "methods.balpoe_apart.fuse = ['ce']: list should have at least 2 items"),
+    ("methods.balpoe_apart.fuse", ["ce"], "methods.balpoe_apart: fuse names ce alone, whose"),
+    ("methods.balpoe_apart.fuse", [], "methods.balpoe_apart.fuse = []: list should have at least 1 item"),
     ("methods.ldam_drw.loss", "ldem", "methods.ldam_drw.loss = 'ldem': no file src/longtail/losses/ldem.py; there are"),
     ("methods.mine", {"refit": "ce"}, "methods.mine.refit = 'ce': no file src/longtail/heads/ce.py; there are crt,"),
     ("methods.crt.epochs", 0, "methods.crt.epochs = 0: input should be greater than or equal to 1"),
@@ -209,13 +210,13 @@ BAD_NETWORKS = [
     ),
     (
         {"depth": 32, "width": 16, "heads": 2, "head": "linear", "scale": 1},
-        ["network.heads = 2: unknown key; allowed: head, scale, depth, width"],
+        ["network.heads = 2: unknown key; allowed: head, scale, depth, width, shared_groups"],
     ),
     (
         {"head": "linear", "scale": 1},
         [
-            "network.depth: missing; allowed: head, scale, depth, width",
-            "network.width: missing; allowed: head, scale, depth, width",
+            "network.depth: missing; allowed: head, scale, depth, width, shared_groups",
+            "network.width: missing; allowed: head, scale, depth, width, shared_groups",
         ],
     ),
     (

@@ -17,7 +17,7 @@ from dvc.repo import Repo
 from ruamel.yaml import main
 
 from longtail import cli
-from longtail.workflow import declaration, files, manifest, pipeline
+from longtail.workflow import declaration, files, jobs, manifest, pipeline
 from longtail.workflow.cells import Cell, of_plan
 from longtail.workflow.jobs import Job
 from longtail.workflow.locks import STAGES
@@ -452,6 +452,7 @@ class FakeJob:
     asked: list[tuple[str, list[str]]]
     is_unchanged = True
     fails = ()
+    closes = True
 
     def __init__(self, environment, bar=None):
         self.device = environment["LONGTAIL_DEVICE"]
@@ -465,6 +466,7 @@ class FakeJob:
 
     def close(self):
         self.asked.append(("closed", []))
+        return self.closes
 
 
 @pytest.fixture
@@ -482,6 +484,28 @@ def test_jobs_share_the_devices(asked, monkeypatch):
     cells = [device for device, addresses in asked if len(addresses) == len(STAGES)]
     assert len(cells) == len(of_plan("quick", PARAMS["plans"]["quick"])) and set(cells) == {"cuda:0", "cuda:1"}
     assert asked[-3:] == [("closed", [])] * 3
+
+
+def test_a_job_that_cannot_record_what_ran_is_a_failure(asked, monkeypatch):
+    monkeypatch.setattr(FakeJob, "closes", False)
+    assert cli.run("quick", "*", 2) == 2
+
+
+@pytest.mark.slow
+def test_a_job_ends_with_a_word_and_says_so_when_it_cannot_write(tmp_path, monkeypatch):
+    """As often as the hang-up could have come before the word: the exit status is of no use."""
+    subprocess.run([sys.executable, "-m", "dvc", "init", "-q", "--no-scm"], cwd=tmp_path, check=True)
+    monkeypatch.chdir(tmp_path)
+    for _ in range(3):
+        job = jobs.Job({})
+        assert job.unchanged([])
+        assert job.close()
+        assert job.process is not None and job.process.poll() is not None
+    assert jobs.Job({}).close()  # never started
+    job = jobs.Job({})
+    assert job.unchanged([])
+    job.process.kill()
+    assert not job.close()
 
 
 def test_data_that_are_there_are_left_alone_and_a_failure_is_told(asked, monkeypatch, capsys):

@@ -143,6 +143,23 @@ def test_large_logits_of_every_class_are_no_mask():
         assert (a.shift_ != 0).all() and (b.shift_ != 0).all()
 
 
+def test_a_reference_is_a_class_however_its_number_is_written():
+    logits, labels = np.random.default_rng(0).normal(size=(30, 5)), np.arange(30) % 5
+    whole, real = (EnergyAligning(reference=one).fit(logits, labels).shift_ for one in (2, 2.0))
+    np.testing.assert_array_equal(whole, real)
+    with pytest.raises(ValueError, match=r"reference = 2\.5; allowed are 'mean' and 0 to 4"):
+        EnergyAligning(reference=2.5).fit(logits, labels)
+
+
+@pytest.mark.parametrize("value", ["false", 0, None])
+def test_a_word_is_neither_true_nor_false(value):
+    logits, labels = np.random.default_rng(0).normal(size=(30, 5)), np.arange(30) % 5
+    with pytest.raises(ValueError, match=r"balanced = .*; allowed are True and False"):
+        posthoc.VectorScaling(balanced=value).fit(logits, labels, fitted_on="held-out")
+    with pytest.raises(ValueError, match=r"soft = .*; allowed are True and False"):
+        posthoc.BlackBoxShift(logits, labels, soft=value).fit(logits, fitted_on="test")
+
+
 def test_a_masked_reference_is_refused():
     logits, labels = case()
     masked = np.concatenate([logits, np.full((40, 1), -1e9)], axis=1)

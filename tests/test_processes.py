@@ -15,6 +15,7 @@ from small_training import split, train
 from torch import nn
 
 from longtail.training import engine
+from longtail.training.checkpoints import Checkpoint
 from longtail.workflow import processes
 
 PROGRAM = Path(__file__).with_name("small_training.py")
@@ -43,7 +44,7 @@ def flat(network: bytes) -> torch.Tensor:
     return torch.cat(weights)
 
 
-@pytest.mark.parametrize("method", ["gala", "balpoe"])
+@pytest.mark.parametrize("method", ["gala", "balpoe", "composed"])
 def test_two_processes_are_one_with_the_joint_batch(tmp_path, method):
     """Tolerance: 1e-4 of the weights' norm, after 24 steps with mixup, CutMix, averaging and joint batch norm."""
     finished(torchrun(tmp_path, method=method, sync_batch_norm=True))
@@ -56,6 +57,31 @@ def test_two_processes_are_one_with_the_joint_batch(tmp_path, method):
         assert row["test_accuracy"] == pytest.approx(mine["test_accuracy"], abs=1e-6)
 
 
+def test_when_a_checkpoint_is_taken_changes_no_digit_of_two_processes(tmp_path):
+    """Each has batch norm of its own, and an average of it; what is looked at and kept is the first one's."""
+    finished(torchrun(tmp_path / "without"))
+    finished(torchrun(tmp_path / "with", checkpoint=str(tmp_path / "c.pt")))
+    for name in ("last.safetensors", "last.json"):
+        assert (tmp_path / "without" / name).read_bytes() == (tmp_path / "with" / name).read_bytes()
+
+
+def test_a_checkpoint_of_another_number_of_processes_is_named(tmp_path, monkeypatch):
+    class StopError(Exception):
+        pass
+
+    def stop(row):
+        raise StopError
+
+    monkeypatch.setenv("LONGTAIL_CHECKPOINT_S", "0")
+    with pytest.raises(StopError):
+        train(checkpoint=Checkpoint(tmp_path / "c.pt", "a"), on_epoch=stop)
+    state = torch.load(tmp_path / "c.pt", weights_only=True)
+    state["training"]["sums"] = state["training"]["sums"].expand(2, -1).clone()
+    torch.save(state, tmp_path / "c.pt")
+    with pytest.raises(ValueError, match=r"c\.pt is of a training by 2 process\(es\), this one has 1: go on with LONG"):
+        train(checkpoint=Checkpoint(tmp_path / "c.pt", "a"))
+
+
 def test_two_processes_are_one_that_accumulates_two_parts(tmp_path):
     """Each part with batch norm of its own; only the running statistics differ (here, of both parts in turn).
 
@@ -66,8 +92,9 @@ def test_two_processes_are_one_that_accumulates_two_parts(tmp_path):
     assert (flat(one.last) - flat((tmp_path / "last.safetensors").read_bytes())).norm() < 1e-4 * flat(one.last).norm()
 
 
-def test_resume_after_one_process_was_killed(tmp_path):
-    options = {"epochs": 12, "checkpoint": str(tmp_path / "c.pt")}
+@pytest.mark.parametrize("method", ["gala", "composed"])
+def test_resume_after_one_process_was_killed(tmp_path, method):
+    options = {"method": method, "epochs": 12, "checkpoint": str(tmp_path / "c.pt")}
     finished(torchrun(tmp_path / "whole", **{**options, "checkpoint": str(tmp_path / "w.pt")}))
     process = torchrun(tmp_path, **options)
     while not (tmp_path / "c.pt").exists():
@@ -159,3 +186,8 @@ def test_evaluation_of_shares_neither_drops_nor_repeats(monkeypatch):
         engine.class_accuracy(None, whole, precision="fp32")
     assert torch.equal(sum(seen), one) and torch.equal(one[1], torch.bincount(whole.labels))
     assert sorted(images) == everything
+    monkeypatch.setattr(processes, "world", lambda: 50)  # more than there are images
+    monkeypatch.setattr(processes, "rank", lambda: 49)
+    seen.clear()
+    engine.class_accuracy(None, whole, precision="fp32")
+    assert not seen[0].any()

@@ -1007,3 +1007,12 @@ def test_pictures_of_many_methods_show_the_leading_ones(tmp_path):
     (section,) = report.build(results, []).sections
     assert "m0" in section.picture.alt and "aligned" not in section.picture.alt
     assert len({plots.colours(leading)[method] for method in leading}) == len(leading)
+
+
+def test_cells_without_shifted_test_sets_have_no_such_part(cells):
+    """As where each class has three test images."""
+    for path in cells.rglob("distributions.csv"):
+        files.write_csv(path, files.read_csv(path)[1:2], outcomes.DISTRIBUTIONS)
+    results = outcomes.read("toy", PLAN, cells)
+    (section,) = report.build(results, []).sections
+    assert "Other test distributions" not in [part.title for part in section.parts]

@@ -4,9 +4,10 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from conftest import ROOT
 
-from longtail.workflow import manifest, stage
+from longtail.workflow import files, manifest, stage
 from longtail.workflow.stage import Stage
 
 MANIFEST = "stages/code/work.txt"
@@ -156,3 +157,13 @@ def test_a_stage_is_found_without_the_lock_file_which_another_dvc_may_be_writing
     subprocess.run([sys.executable, "-m", "dvc", "init", "-q", "--no-scm"], check=True)
     (tmp_path / "dvc.lock").write_text('schema: "2.0"\nstages:\n  dou')  # as the other has got so far
     assert stage.declared() == Stage("double@b", "echo b", ["in.b"], ["factor"])
+
+
+def test_a_folder_is_hashed_as_dvc_has_it(tmp_path):
+    """Second stages depend on folders: their fingerprints are those of the lock, by which MLflow finds their times."""
+    for name in ("b.txt", "a/c.txt", "a.txt"):
+        files.write_text(tmp_path / "folder" / name, name)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "-q", "--no-scm"], cwd=tmp_path, check=True)
+    subprocess.run([sys.executable, "-m", "dvc", "add", "-q", "folder"], cwd=tmp_path, check=True)
+    (out,) = yaml.safe_load((tmp_path / "folder.dvc").read_text())["outs"]
+    assert stage.md5(tmp_path / "folder") == out["md5"]

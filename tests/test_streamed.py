@@ -140,6 +140,21 @@ def test_networks_on_images_and_logits_that_are_no_numbers_are_refused(cell: Pat
         streamed.Logits(heads, np.ones((3, 1, 1, D), np.float32))[0:3]
 
 
+def test_networks_of_heads_apart_take_features(cell: Path, tmp_path: Path) -> None:
+    heads = [networks.load(cell / f"model/{which}.safetensors") for which in ("last", "best")]
+    networks.save(networks.Apart(heads), tmp_path / "last.safetensors")
+    assert streamed.load(tmp_path, "last").settings["experts"] == 5
+
+
+def test_without_ratios_there_is_the_uniform_test_set_alone(cell: Path) -> None:
+    data, model = str(cell / "data.npz"), str(cell / "model")
+    streamed.predict(data, model, str(cell / "plain.npz"))
+    found = streamed.evaluate(
+        data, model, str(cell / "plain.npz"), str(cell / "whole.json"), **EVALUATE | {"distribution_ratios": []}
+    )
+    assert {row["distribution"] for row in found.distributions} == {"uniform"}
+
+
 def test_shown_logits_are_enough_for_exports(cell: Path) -> None:
     from longtail.tracking import export
 

@@ -86,11 +86,12 @@ def run(plan: str, only: str, jobs: int) -> int:
         Job({"OMP_NUM_THREADS": threads, "LONGTAIL_DEVICE": devices[job % len(devices)]}, bar)
         for job, bar in enumerate(bars(jobs))
     ]
+    failed = 0
     try:
-        return run_with(started, params, plan, chosen, datasets)
+        failed = run_with(started, params, plan, chosen, datasets)
     finally:
-        for job in started:
-            job.close()
+        failed += sum(not job.close() for job in started)
+    return failed
 
 
 def choose(plan: str, params: dict[str, Any], only: str) -> list[Cell | chains.Cell]:
@@ -275,9 +276,9 @@ def arguments() -> argparse.ArgumentParser:
     one.add_argument("--tune", action="store_true", help="fine-tune the backbone, in place of frozen features")
     one.add_argument("--size", type=int, help="side of the images in pixels (default: proposed)")
     one.add_argument("--test-per-class", type=int, help="test images of a class (default: proposed)")
-    one.add_argument("--broken", choices=["refuse", "leave_out"], default="refuse", help="files that are no images")
+    one.add_argument("--broken", choices=["refuse", "leave_out"], help="files that are no images (default: refuse)")
     one.add_argument(
-        "--duplicates", choices=["refuse", "leave_out", "report"], default="refuse", help="of test images in train"
+        "--duplicates", choices=["refuse", "leave_out", "report"], help="of test images in train (default: refuse)"
     )
     one = commands.add_parser("track", help="mirror the result files into MLflow; twice does nothing more")
     one.add_argument("plan", nargs="*", help="plans (default: all that have run)")
@@ -415,7 +416,13 @@ def do_adopt(args: argparse.Namespace) -> None:
     params = schema.load()
     if repro("-q", "-s", f"{SHARED}:check", f"{SHARED}:manifests"):
         raise ValueError(f"the manifests could not be written; `dvc repro {SHARED}:manifests` says why")
-    chosen = args.plan or verify.with_results(".", plans_of(params))
+    for plan in args.plan:
+        known(plan, plans_of(params))
+        focus.check(Path.cwd(), plan)
+    hidden = focus.hidden(Path.cwd(), plans_of(params))
+    chosen = args.plan or [plan for plan in verify.with_results(".", plans_of(params)) if plan not in hidden]
+    if hidden and not args.plan:
+        print(f"not looked at, for DVC does not see them: {', '.join(hidden)} (`longtail focus --all`)")
     sys.exit(min(1, adopt.adopt(Path.cwd(), params, chosen, args.only, args.steps)))
 
 

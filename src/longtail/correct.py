@@ -197,6 +197,9 @@ def _settings(by: str, given: Sequence[str]) -> dict[str, Any]:
             with tables.opened(value) as array:
                 found[name] = np.array(array)
             continue
+        if value in ("true", "false"):  # as in params.yaml
+            found[name] = value == "true"
+            continue
         try:
             found[name] = ast.literal_eval(value)
         except (SyntaxError, ValueError):

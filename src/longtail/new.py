@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from tqdm import tqdm
 
 from longtail.data import listing, long_tail, own, sources
@@ -38,8 +39,8 @@ class Chosen:
 
     name: str | None = None
     features: str | None = None
-    broken: str = "refuse"
-    duplicates: str = "refuse"
+    broken: str | None = None
+    duplicates: str | None = None
     size: int | None = None
     test_per_class: int | None = None
     tune: bool = False
@@ -71,7 +72,7 @@ def new(where: str, chosen: Chosen, *, params_file: Path = Path("params.yaml")) 
     """
     params = schema.load(params_file)
     name = chosen.name or re.sub(r"[^a-z0-9]+", "_", Path(_whole(where)).stem.lower()).strip("_")
-    if not re.match(schema.NAME_PATTERN, name):
+    if not re.fullmatch(schema.NAME_PATTERN, name):
         raise ValueError(f"--name {name!r}: lower-case letters and digits, parted by '_'")
     there = params["sources"].get(name)
     path = _whole(where)
@@ -79,6 +80,12 @@ def new(where: str, chosen: Chosen, *, params_file: Path = Path("params.yaml")) 
     if there is not None:
         if path not in (there.get("path"), there.get("labels")):
             raise ValueError(f"sources.{name} is in params.yaml with other data; give this one a --name")
+        asked = {"features": chosen.features and _whole(chosen.features), "size": chosen.size, "broken": chosen.broken,
+                 "duplicates": chosen.duplicates, "test_per_class": chosen.test_per_class}  # fmt: skip
+        for key, value in asked.items():
+            if value is not None and value != there.get(key):
+                known_as = f"sources.{name}.{key} is {there.get(key)!r} in params.yaml"
+                raise ValueError(f"{known_as}, not {value!r}; give this one a --name")
         sha256 = _again(there)
         changed = params_file.read_text().replace(there["sha256"], sha256)
         known = [f"sources.{name}: " + ("as it was" if sha256 == there["sha256"] else "samples changed: new sha256")]
@@ -89,7 +96,7 @@ def new(where: str, chosen: Chosen, *, params_file: Path = Path("params.yaml")) 
     else:
         changed = params_file.read_text()
         at = listing.place(path)
-        table = at.suffix in listing.TABLES and "path" not in listing.table(at)
+        table = chosen.features is not None or (at.suffix in listing.TABLES and "path" not in listing.table(at))
         found = _embeddings(name, path, chosen) if table else _images(name, path, chosen)
     if chosen.tune and found.backbone is None:
         raise ValueError("--tune: these are features; a backbone is fine-tuned on images")
@@ -98,9 +105,11 @@ def new(where: str, chosen: Chosen, *, params_file: Path = Path("params.yaml")) 
             changed = inserted(changed, section, key, block)
         elif there is None or section == "plans":
             raise ValueError(f"{section}.{key} is in params.yaml already; give this one a --name")
+    params, plan = yaml.safe_load(changed), plan_of(name, chosen)
+    schema.validate(params)
+    steps = pipeline.text(plan, params)
     files.write_text(params_file, changed)
-    params, plan = schema.load(params_file), plan_of(name, chosen)
-    files.write_text(pipeline.file(plan), pipeline.text(plan, params))
+    files.write_text(pipeline.file(plan), steps)
     if found.backbone and not chosen.tune:
         found.said.append(f"features are frozen in this plan; `longtail new {where} --tune` writes one of fine-tuning")
     return [
@@ -188,7 +197,7 @@ def _images(name: str, path: str, chosen: Chosen) -> Proposal:
     """Look at images: twice, since the proposed size follows from their own."""
     _, rows = listing.read(path)
     plain: dict[str, Any] = {"channels": 3, "fit": "crop", "exif_orientation": False}
-    size = chosen.size or _size(path, rows)
+    size, broken = chosen.size or _size(path, rows), chosen.broken or "refuse"
     with tqdm(total=len(rows), desc="looking", unit="file", disable=None) as bar:
         looked = images.look(path, size=size, **plain, on_file=bar.update)
     said = [
@@ -199,14 +208,14 @@ def _images(name: str, path: str, chosen: Chosen) -> Proposal:
     ]
     if looked.broken:
         said.append(f"no usable images: {len(looked.broken)}: {images.named(looked.broken)}")
-        if chosen.broken == "refuse":
+        if broken == "refuse":
             raise ValueError(
                 "\n".join([*said, "mend or remove them, or leave them out: longtail new ... --broken leave_out"])
             )
     rule = _rule(Counter(row.label for row in looked.rows), chosen)
     arrays, report = own.arrays(looked.rows, looked.pixels, **rule)
     said += _said(report)
-    source = {"reader": "images", "path": path, "sha256": looked.sha256, "size": size, **plain, "broken": chosen.broken}
+    source = {"reader": "images", "path": path, "sha256": looked.sha256, "size": size, **plain, "broken": broken}
     backbone = BACKBONES["large" if size >= LARGE else "small"]
     return Proposal(name, source | rule, arrays, backbone, said)
 
@@ -234,7 +243,7 @@ def _rule(sizes: Counter[str], chosen: Chosen) -> dict[str, Any]:
     """The proposed test split: 0.3 of the class in the middle, but 10 to 100 images; at most 0.3 of any class."""
     middle = int(np.median(list(sizes.values()))) if sizes else 0
     return {
-        "duplicates": chosen.duplicates, "min_per_class": 2,
+        "duplicates": chosen.duplicates or "refuse", "min_per_class": 2,
         "test_per_class": chosen.test_per_class or min(100, max(10, round(0.3 * middle))), "test_share": 0.3, "seed": 0,
     }  # fmt: skip
 

@@ -132,6 +132,8 @@ class Batch(NamedTuple):
     images: Tensor  # (B, channels, H, W) float32, mixed
     labels: Tensor  # (B,) int64
     partner_labels: Tensor  # (B,) int64
+    places: Tensor  # (B,) int64, in the split
+    partner_places: Tensor  # (B,) int64
     weight: float
     size: int
 
@@ -226,7 +228,7 @@ def _chunk(
         batch = normalize(images[own])
         if mixing.weight < 1:
             batch = mix(batch, normalize(images[partner]), mixing)
-        yield Batch(batch, labels[own], labels[partner], mixing.weight, len(places))
+        yield Batch(batch, labels[own], labels[partner], chosen[own], chosen[partner], mixing.weight, len(places))
 
 
 def draw_order(split: Split, *, class_balanced: bool, generator: torch.Generator) -> Tensor:

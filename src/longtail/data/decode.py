@@ -62,7 +62,7 @@ def decode(data: bytes, *, size: int, channels: int, fit: str, exif_orientation:
                 )  # fmt: skip
                 image.load()
                 turned = ImageOps.exif_transpose(image) if exif_orientation else image
-                return _square(eight_bit(turned, MODES[channels]), size, fit), facts
+                return _square(eight_bit(turned, MODES[channels], image.format), size, fit), facts
     except BrokenError:
         raise
     except Image.DecompressionBombError as error:  # Pillow's, of twice as many
@@ -72,15 +72,19 @@ def decode(data: bytes, *, size: int, channels: int, fit: str, exif_orientation:
         raise BrokenError("no image, by its content" if "cannot identify" in said else said) from error
 
 
-def eight_bit(image: Image.Image, mode: str) -> Image.Image:
-    """An image in 8-bit grey or RGB (`mode`). Raises BrokenError for numbers whose range is not known."""
+def eight_bit(image: Image.Image, mode: str, kind: str | None) -> Image.Image:
+    """An image in 8-bit grey or RGB (`mode`). Raises BrokenError for numbers whose range is not known.
+
+    Args:
+        kind: Pillow's name of the file's format. Mode `I` is 16 bits in PNG and PGM, 32 in TIFF; what the range is
+            must not hang on how bright the image happens to be.
+    """
+    if image.mode == "F" or (image.mode == "I" and kind not in ("PNG", "PPM")):
+        what = "floating-point pixels" if image.mode == "F" else "whole numbers of 32 bits"
+        raise BrokenError(f"{what}, whose range is not known; write 8 or 16 bits")
     if image.mode.startswith("I"):
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise BrokenError(f"pixels of {values.min()} to {values.max()}, neither 8 nor 16 bit")
-        image = Image.fromarray(((values.astype(np.int64) + 128) // 257).astype(np.uint8))  # 65535 is 255
-    if image.mode == "F":
-        raise BrokenError("floating-point pixels, whose range is not known")
+        values = (np.asarray(image).astype(np.int64) + 128) // 257  # 65535 is 255
+        image = Image.fromarray(values.astype(np.uint8))
     return image.convert(mode)
 
 

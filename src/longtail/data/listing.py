@@ -3,7 +3,8 @@
 Either is a local path, or a URL of any file system that fsspec has (s3://, gs://, https://, memory://, file://).
 """
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -14,6 +15,7 @@ import pyarrow.parquet
 SPLITS = ("train", "test")
 TABLES = (".csv", ".parquet")
 COLUMNS = ("label", "group", "split")
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm", ".pnm")  # missed if loose
 
 
 @dataclass(frozen=True)
@@ -81,12 +83,37 @@ def is_url(path: str | Path) -> bool:
 
 
 def files_under(folder: Place) -> list[str]:
-    """All files below a folder, hidden ones left out, relative to it."""
+    """All files below a folder, hidden ones left out, relative to it; links to folders are followed.
+
+    Raises ValueError naming a link to nothing, to a folder that it lies in, or a name that is not UTF-8, and
+    PermissionError for a folder that cannot be read.
+    """
     if isinstance(folder, Path):
-        found = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+        found = [*_walked(folder, "", [])]
     else:
         found = [name.removeprefix(f"{folder.path.rstrip('/')}/") for name in folder.system.find(folder.path)]
     return [name for name in found if not any(part.startswith(".") for part in name.split("/"))]
+
+
+def _walked(folder: Path, inside: str, above: list[str]) -> Iterator[str]:
+    real = os.path.realpath(folder)
+    if real in above:
+        raise ValueError(f"{folder}: a link to a folder that it lies in")
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name.startswith("."):
+            continue
+        if not entry.name.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in entry.name):
+            raise ValueError(f"{str(folder)!r}: the name {entry.name!r} is not UTF-8; rename it")
+        try:
+            is_folder = entry.is_dir()
+        except OSError as error:  # too many levels: a link to itself
+            raise ValueError(f"{entry.path}: a link that leads nowhere ({error.strerror})") from error
+        if is_folder:
+            yield from _walked(Path(entry.path), f"{inside}{entry.name}/", [*above, real])
+        elif entry.is_file():
+            yield f"{inside}{entry.name}"
+        elif entry.is_symlink():
+            raise ValueError(f"{entry.path}: a link to nothing ({os.readlink(entry.path)}); fetch it or take it away")
 
 
 @dataclass(frozen=True)
@@ -127,7 +154,7 @@ def read(path: str | Path) -> tuple[Place, list[Row]]:
 
 def table(path: Place) -> dict[str, list[Any]]:
     """The columns of a CSV or Parquet file. Raises ValueError naming a file that is neither."""
-    readers = {".csv": pyarrow.csv.read_csv, ".parquet": pyarrow.parquet.read_table}
+    readers = {".csv": _csv, ".parquet": pyarrow.parquet.read_table}
     if path.suffix not in readers:
         raise ValueError(f"{path}: allowed are a folder of class folders, and tables: {', '.join(TABLES)}")
     try:
@@ -137,6 +164,20 @@ def table(path: Place) -> dict[str, list[Any]]:
     except Exception as error:
         raise ValueError(f"{path}: not readable as {path.suffix} ({error})") from error
     return columns
+
+
+def _csv(file: IO[bytes]) -> pyarrow.Table:
+    """Names are text whatever they look like: 01 and 1 are two."""
+    names = pyarrow.csv.ConvertOptions(
+        column_types=dict.fromkeys(("path", "label", "group", "split"), pyarrow.string())
+    )
+    found = pyarrow.csv.read_csv(file, convert_options=names)
+    if "group" in found.column_names:  # a name may be NA; as a group it is how programs write that there is none
+        values = found["group"].to_pylist()
+        known = [None if value in names.null_values else value for value in values]
+        column = found.column_names.index("group")
+        found = found.set_column(column, "group", pyarrow.array(known, pyarrow.string()))
+    return found
 
 
 def rows(places: list[str], columns: dict[str, list[Any]], path: Place) -> list[Row]:
@@ -149,7 +190,8 @@ def rows(places: list[str], columns: dict[str, list[Any]], path: Place) -> list[
         label, group, split = (columns[name][number - 1] if name in columns else None for name in COLUMNS)
         if split not in SPLITS and not (split is None and "split" not in columns):
             raise ValueError(f"{path}: row {number} has the split {split!r}; allowed are train, test")
-        found.append(Row(place, _text(label, path, number, "label"), None if group is None else str(group), split))
+        group = None if group is None or str(group) == "" else str(group)
+        found.append(Row(place, _text(label, path, number, "label"), group, split))
     return found
 
 
@@ -160,7 +202,10 @@ def _text(value: Any, path: Place, number: int, column: str) -> str:
 
 
 def _folder(path: Place) -> list[Row]:
-    names = [name for name in files_under(path) if "/" in name]
+    names = files_under(path)
+    if loose := [name for name in names if "/" not in name and name.lower().endswith(IMAGES)]:
+        raise ValueError(f"{path}: {loose[0]} is in no class folder; expected <class>/{loose[0]}")
+    names = [name for name in names if "/" in name]
     inner = sorted({name.split("/")[0] for name in names})
     split = set(inner) == set(SPLITS)
     if "train" in inner and not split:
@@ -168,9 +213,12 @@ def _folder(path: Place) -> list[Row]:
     found = []
     for name in names:
         parts = name.split("/")
-        if split and len(parts) > 2:
+        if split and len(parts) == 2:
+            if name.lower().endswith(IMAGES):
+                raise ValueError(f"{path}: {name} is in no class folder; expected {parts[0]}/<class>/{parts[1]}")
+        elif split:
             found.append(Row(name, parts[1], None, parts[0]))
-        elif not split:
+        else:
             found.append(Row(name, parts[0], None, None))
     if not found:
         raise ValueError(f"{path}: no files in class folders there")

@@ -24,6 +24,7 @@ import numpy as np
 Arrays = dict[str, np.ndarray]
 OWN = ("as_is", "further")  # profiles of sources whose classes differ in size, test split included
 PLACES = "train_places"  # the array of a source that says where each row lies in the original release
+GROUPS = "train_groups"  # the array of a source that has the same number for rows that belong together
 
 # A stream of its own for the held-out draw. Not 0: SeedSequence pads with zeros, so that
 # [seed, class, 0] would be the [seed, class] of subsample.
@@ -149,21 +150,38 @@ def subsample(labels: np.ndarray, **settings: Any) -> np.ndarray:
     return np.sort(np.concatenate(drawn(labels, **settings)))
 
 
-def hold_out(labels: np.ndarray, *, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def hold_out(
+    labels: np.ndarray, *, fraction: float, seed: int, groups: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Split the rows of `labels` (N,) class by class: (train, held out), int64, ascending.
 
     Of a class of n images round(fraction * n) are held out: at least one where n is 2 or more and
-    the fraction is above 0, and never all. A fraction of 0 holds out nothing.
+    the fraction is above 0, and never all. A fraction of 0 holds out nothing. Rows with the same number
+    in `groups` (N,) stay together: a class has fewer held out where its groups do not fit, and none where none does.
 
     Raises ValueError for a fraction outside [0, 1), labels that miss a class or a negative seed.
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"fraction: {fraction} is not allowed; allowed is 0 up to, but not, 1")
     held_out = np.zeros(len(labels), bool)
-    for label, size in enumerate(_class_sizes(labels, "labels")):
-        count = min(max(round(fraction * int(size)), 1), int(size) - 1) if fraction > 0 else 0
+    sizes_C = _class_sizes(labels, "labels")
+    open_C = np.array([min(max(round(fraction * int(size)), 1), int(size) - 1) for size in sizes_C]) * (fraction > 0)
+    if groups is not None:
+        _, group_N = np.unique(groups, return_inverse=True)
+        members = np.split(np.argsort(group_N, kind="stable"), np.cumsum(np.bincount(group_N))[:-1])
+    for label in range(len(sizes_C)):
         rows = _generator(seed, label, HOLD_OUT).permutation(np.flatnonzero(labels == label))
-        held_out[rows[:count]] = True
+        if groups is None:
+            held_out[rows[: open_C[label]]] = True
+            continue
+        for row in rows:
+            if not open_C[label]:
+                break
+            together = members[group_N[row]]
+            classes, wanted = np.unique(labels[together], return_counts=True)
+            if not held_out[row] and (wanted <= open_C[classes]).all():
+                held_out[together] = True
+                open_C[classes] -= wanted
     return np.flatnonzero(~held_out).astype(np.int64), np.flatnonzero(held_out).astype(np.int64)
 
 
@@ -178,8 +196,9 @@ def cut(
 ) -> Arrays:
     """The arrays of data/long_tail/<dataset>.npz from those of data/raw/<source>.npz.
 
-    `held_out` is the fraction of each class's training images that is set aside. The `*_rows` are
-    row numbers in the source's train split; the test split is passed on as it is.
+    `held_out` is the fraction of each class's training images that is set aside; where the source says which belong
+    together (`train_groups`), they stay so. The `*_rows` are row numbers in the source's train split; the test split is
+    passed on as it is.
 
     Raises ValueError naming the array, class or setting when the source is not what `sources`
     promises, its test split is not balanced (but for the profiles OWN), or a setting is not allowed.
@@ -193,7 +212,8 @@ def cut(
         draw=draw,
         places=raw.get(PLACES),
     )
-    train, held = hold_out(raw["train_labels"][rows], fraction=held_out, seed=seed)
+    groups = raw[GROUPS][rows] if GROUPS in raw else None
+    train, held = hold_out(raw["train_labels"][rows], fraction=held_out, seed=seed, groups=groups)
     arrays: Arrays = {}
     for split, split_rows in (("train", rows[train]), ("held_out", rows[held])):
         arrays[f"{split}_images"] = raw["train_images"][split_rows]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from longtail.data import split
+from longtail.data import long_tail, split
 from longtail.data.listing import Row
 
 NAMED = 3  # rows that a message names; the report has all
@@ -49,7 +49,8 @@ def arrays(
 
     Classes are in the order of their training rows, most first, then of their names. Copies are rows with the same
     bytes in `values` (N, H, W, channels). Where the split is drawn, they stay together, as groups do; where it is given
-    and they lie on both sides, `duplicates` says what becomes of it: refuse, leave_out (of train), report.
+    and they lie on both sides, `duplicates` says what becomes of it: refuse, leave_out (of train), report. Rows of
+    train that belong together share a number in `train_groups`, by which they stay together in what is held out.
 
     Raises ValueError, naming classes and rows: fewer than two classes, a split that is given for some rows alone, a
     class without a row in one of the splits, copies with different labels or (refuse) between splits, a group in both.
@@ -89,6 +90,9 @@ def arrays(
         chosen.sort(key=lambda n: (number[rows[n].label], rows[n].place))
         found[f"{part}_images"] = values[chosen]
         found[f"{part}_labels"] = np.array([number[rows[n].label] for n in chosen], np.int64)
+        groups = split.joined([rows[n].group for n in chosen], [contents[n] for n in chosen])
+        if part == "train" and len(set(groups)) < len(groups):
+            found[long_tail.GROUPS] = np.array(groups, np.int64)
     report |= {"train": len(found["train_labels"]), "test": len(found["test_labels"]), "classes": len(names)}
     return found | {"report": np.array(json.dumps(report, sort_keys=True))}, report
 

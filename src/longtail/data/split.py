@@ -27,7 +27,8 @@ def draw(
     Raises ValueError, naming the class, where its groups leave it without a test row or without a training row.
     """
     names, label_N, sizes_C = np.unique(np.array(labels, dtype=str), return_inverse=True, return_counts=True)
-    _, group_N = np.unique(np.array(groups, dtype=str), return_inverse=True)
+    number: dict[object, int] = {}  # of a group: by its first row, so that what lies before a class moves nothing in it
+    group_N = np.array([number.setdefault(group, len(number)) for group in groups])
     open_C = quota(sizes_C, test_per_class=test_per_class, test_share=test_share)
     members = [
         part.tolist() for part in np.split(np.argsort(group_N, kind="stable"), np.cumsum(np.bincount(group_N))[:-1])

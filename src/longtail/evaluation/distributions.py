@@ -1,7 +1,9 @@
 """Test sets with other class distributions, drawn from a balanced one (LADE, CVPR 2021; BalPoE, CVPR 2023, Table 3).
 
-forward<r> has the long tail of training, with imbalance r; backward<r> has it the other way round; uniform is the test
-set itself. The frequencies of a draw are fixed, its images are random: several draws show how much that matters.
+forward<r> has the long tail of training, with imbalance r; backward<r> has it the other way round; uniform has as many
+images of each class: it is the test set itself where that is balanced. A class cannot have less than one image, so that
+an imbalance above the images of the smallest class is left out. The frequencies of a draw are fixed, its images are
+random: several draws show how much that matters.
 
 N samples, C classes.
 """
@@ -16,9 +18,9 @@ from longtail import posthoc
 COLUMNS = ("distribution", "images", "correction", "accuracy", "accuracy_sd", "known_prior", "known_prior_sd")
 
 
-def names(ratios: Sequence[int]) -> list[str]:
-    """The distributions from the most forward to the most backward."""
-    falling = sorted(ratios, reverse=True)
+def names(ratios: Sequence[int], per_class: int) -> list[str]:
+    """The distributions from the most forward to the most backward: those that so many images of a class allow."""
+    falling = sorted((ratio for ratio in ratios if ratio <= per_class), reverse=True)
     return [*(f"forward{r}" for r in falling), "uniform", *(f"backward{r}" for r in reversed(falling))]
 
 
@@ -68,7 +70,7 @@ def evaluate(
     """
     per_class = int(np.bincount(labels_N, minlength=len(class_counts_C)).min())
     rows = []
-    for name in names(ratios):
+    for name in names(ratios, per_class):
         wanted_C = frequencies(name, class_counts_C, per_class)
         chosen = [draw(labels_N, wanted_C, seed) for seed in range(1 if name == "uniform" else draws)]
         for correction, logits_NC in versions.items():

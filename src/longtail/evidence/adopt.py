@@ -12,10 +12,12 @@ import io
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -23,16 +25,25 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
-from longtail.evidence import verify
-from longtail.training import provenance
+from longtail.evidence import probe, verify
+from longtail.training import inference, provenance
 from longtail.workflow import chains, declaration, files, locks, manifest, pipeline
 from longtail.workflow.cells import Cell
 from longtail.workflow.locks import MAKERS, STAGE_NAME, STAGES
 
 ADOPTED = ("stage", "was", "now", "code", "how")  # columns of adopted.csv
 STEPS = 5
+WAIT_S = 1.0  # between two looks at whether another DVC has ended
 EMULATED = ", emulated"  # what longtail.evidence.probe says of a precision that the processor does not do
 PORTABLE = "stages/portable.py"  # runs a script of `argv`, on fewer instructions
+
+
+MANIFESTS = """
+import json, sys
+from pathlib import Path
+from longtail.workflow import declaration, manifest
+print(json.dumps(manifest.texts(Path.cwd(), declaration.load(Path("params.yaml")), sys.argv[1:])))
+"""
 
 
 @dataclass
@@ -42,13 +53,14 @@ class Stale:
     Attributes:
         cell: which.
         stages: its stages in the lock, in order: {name: entry}.
-        changed: of those that are stale, the manifest that the lock has: {name: (path, MD5)}.
+        changed: of those that are stale, the manifests that the lock has and that there are no more: {name: {path:
+            MD5}}.
         bases: stages of other cells that its own start from, in order.
     """
 
     cell: Cell | chains.Cell
     stages: dict[str, dict[str, Any]]
-    changed: dict[str, tuple[str, str]]
+    changed: dict[str, dict[str, str]]
     bases: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -76,6 +88,10 @@ def adopt(root: Path, params: Mapping[str, Any], plans: Sequence[str], only: str
                 commit = commit_of(root, one.changed)
                 if commit not in old:
                     tree = checkout(root, commit, scratch / commit)
+                    # both are looked at by the probe that there is: what it leaves out it leaves out of both
+                    if not (look := tree / "src/longtail/evidence/probe.py").is_file():
+                        raise ValueError(f"{commit[:10]} is from before this way to look at code; run it again")
+                    look.write_bytes(Path(probe.__file__).read_bytes())
                     old[commit] = stack.enter_context(worker(tree))
                 trouble = compare(root, one, old[commit], here, scratch, steps)
                 if not trouble:
@@ -116,7 +132,7 @@ def stale(root: Path, params: Mapping[str, Any], plans: Sequence[str]) -> list[S
         one.stages[name] = lock[name]
         for dep in lock[name].get("deps", ()):
             if dep["path"] in now and dep.get("md5") != md5(now[dep["path"]]):
-                one.changed[name] = (dep["path"], dep["md5"])
+                one.changed.setdefault(name, {})[dep["path"]] = dep["md5"]
             other = made.get(dep["path"], name)
             if STAGE_NAME.fullmatch(other) and not other.endswith(f"@{cell.name}"):
                 one.bases[other] = lock[other]
@@ -125,7 +141,7 @@ def stale(root: Path, params: Mapping[str, Any], plans: Sequence[str]) -> list[S
 
 def cell_of(stage: str) -> Cell | chains.Cell | None:
     """The cell, or the chain of trainings, that a stage of the lock belongs to."""
-    if match := STAGE_NAME.fullmatch(stage):
+    if match := STAGE_NAME.fullmatch(re.sub("^compare-", "evaluate-", stage)):  # which not every plan has
         return Cell(**match.groupdict())
     kind, _, rest = stage.partition("-")
     plan, _, name = rest.partition("@")
@@ -160,7 +176,7 @@ def commits(root: Path, path: str) -> list[str]:
     return [*dict.fromkeys([*head, *before, *touched])]
 
 
-def commit_of(root: Path, changed: Mapping[str, tuple[str, str]]) -> str:
+def commit_of(root: Path, changed: Mapping[str, Mapping[str, str]]) -> str:
     """The latest commit that has the manifests of these stages, and the code that they are of.
 
     A commit of edited code whose manifests were not written anew has the former and not the latter: to compare with it
@@ -168,7 +184,7 @@ def commit_of(root: Path, changed: Mapping[str, tuple[str, str]]) -> str:
 
     Raises ValueError when there is none.
     """
-    wanted = {path: was for path, was in changed.values()}
+    wanted = {path: was for manifests in changed.values() for path, was in manifests.items()}
     for path in wanted:
         for commit in commits(root, path):
             if all(content_at(root, commit, one) == was for one, was in wanted.items()) and (
@@ -187,8 +203,16 @@ def made_at(root: Path, commit: str, paths: tuple[str, ...]) -> dict[str, str]:
     """{manifest: the MD5 of what the code of a commit gives for it}."""
     with tempfile.TemporaryDirectory(prefix="longtail-adopt-") as folder:
         tree = checkout(root, commit, Path(folder))
-        params = declaration.load(tree / "params.yaml")
-        texts = manifest.texts(tree, params, [Path(path).stem for path in paths])
+        names = [Path(path).stem for path in paths]
+        env = {**os.environ, "PYTHONPATH": str(tree / "src")}
+        # as that commit writes them, in its own words
+        asked = subprocess.run(
+            [sys.executable, "-c", MANIFESTS, *names], cwd=tree, env=env, capture_output=True, text=True, check=False
+        )
+        if asked.returncode:
+            texts = manifest.texts(tree, declaration.load(tree / "params.yaml"), names)
+        else:
+            texts = json.loads(asked.stdout)
         return {f"{manifest.FOLDER}/{name}.txt": md5(text) for name, text in texts.items()}
 
 
@@ -218,11 +242,15 @@ class Worker:
         except BrokenPipeError:
             pass  # its answer says so
 
-    def answer(self) -> dict[str, Any]:
-        """What it found. Raises ValueError when it could not look."""
+    def read(self) -> dict[str, Any]:
+        """Its answer, which may be an error."""
         output: IO[str] | None = self.process.stdout
         line = output.readline() if output else ""
         found: dict[str, Any] = json.loads(line) if line else {"error": "it ended without an answer"}
+        return found
+
+    def known(self, found: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What it found. Raises ValueError when it could not look."""
         if "error" in found:
             raise ValueError(f"the code in {self.tree} failed: {found['error']}")
         return found
@@ -257,8 +285,10 @@ def compare(root: Path, one: Stale, old: Worker, new: Worker, scratch: Path, ste
     folders = [Path(tempfile.mkdtemp(dir=scratch)) for _ in range(2)]
     for process, folder in zip((old, new), folders, strict=True):
         process.ask({**about, "folder": str(folder)})
-    was, now = old.answer(), new.answer()
-    if any(place.endswith(EMULATED) for place in now["states"]) and (kernels := changed_kernels(root, one, old.tree)):
+    answers = [process.read() for process in (old, new)]  # both, or the next cell would be answered with this one's
+    was, now = (process.known(found) for process, found in zip((old, new), answers, strict=True))
+    emulated = any(place.endswith(EMULATED) for place in now["states"]) or not done_here(one)
+    if emulated and (kernels := changed_kernels(root, one, old.tree)):
         raise ValueError(
             f"{kernels} changed, and this processor does not do the precision that the cell was trained in"
         )
@@ -269,10 +299,23 @@ def compare(root: Path, one: Stale, old: Worker, new: Worker, scratch: Path, ste
     return difference(was["states"], now["states"]) or other_bytes(*contents)
 
 
+def done_here(one: Stale) -> bool:
+    """Whether this machine does the precision of a chain's trainings; those of other cells say it of themselves."""
+    if not isinstance(one.cell, chains.Cell):
+        return True
+    device = inference.find_device()
+    asked = {
+        value["first"]["precision"]
+        for entry in one.stages.values() for value in locks.keys(entry).values()
+        if isinstance(value, Mapping) and "first" in value
+    }  # fmt: skip
+    return all(inference.precision_on(device, precision) == precision for precision in asked)
+
+
 def changed_kernels(root: Path, one: Stale, old: Path) -> str:
     """The compiled files among the definitions that changed: what they do depends on the processor."""
     titles: set[str] = set()
-    for path, _ in one.changed.values():
+    for path in {path for manifests in one.changed.values() for path in manifests}:
         was, now = (manifest.entries((tree / path).read_text()) for tree in (old, root))
         titles |= {title for title, _ in was ^ now}
     return ", ".join(sorted(title for title in titles if title.endswith(".cpp")))
@@ -288,6 +331,8 @@ def job(root: Path, one: Stale, steps: int) -> dict[str, Any]:
     for name, entry in entries.items():
         outs = [out["path"] for out in entry.get("outs", ())]
         argv = entry["cmd"].split()[1:]
+        if f"{manifest.FOLDER}/{Path(PORTABLE).stem}.txt" in one.changed.get(name, ()):
+            raise ValueError(f"{PORTABLE} changed, which decides how all of it is computed: run it again")
         if argv[0] == PORTABLE:  # old and new code run on this machine, side by side: any way of computing will do
             argv = argv[1:]
         stages.append({"argv": argv, "params": locks.keys(entry), "outs": outs})
@@ -355,6 +400,27 @@ def other_bytes(was: Mapping[str, str], now: Mapping[str, str]) -> str:
 # --- the record ---------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def alone(repo: Any) -> Iterator[None]:
+    """DVC's lock of the repository, waited for as long as another command has it."""
+    from dvc.lock import LockError
+
+    said = False
+    while True:
+        try:
+            repo.lock.lock()
+            break
+        except LockError as error:
+            if not said:
+                print(f"adopt waits: {error}", file=sys.stderr, flush=True)
+            said = True
+            time.sleep(WAIT_S)
+    try:
+        yield
+    finally:
+        repo.lock.unlock()
+
+
 def record(root: Path, one: Stale, commit: str) -> None:
     """Give the lock's entries of a cell the manifests of the code that there is; keep the identity of its training."""
     from dvc.repo import Repo  # half a second: only where there is something to write
@@ -363,24 +429,24 @@ def record(root: Path, one: Stale, commit: str) -> None:
 
     logging.getLogger("dvc").setLevel(logging.WARNING)  # it says so of each cell
     file = pipeline.file(one.cell.plan)
-    before = locks.read_lock(root / pipeline.lock(file))
-    with Repo(str(root)) as repo, repo.lock:
+    with Repo(str(root)) as repo, alone(repo):
+        before = locks.read_lock(root / pipeline.lock(file))
         stages = [repo.stage.get_target(f"{root / file}:{name}") for name in one.changed]
         for stage in stages:
-            path, was = one.changed[stage.name]
-            content = (root / path).read_bytes()
-            for dep in stage.deps:
-                if dep.fs_path == str(root / path) and dep.hash_info.value == was:
-                    dep.hash_info, dep.meta = HashInfo("md5", md5(content)), Meta(size=len(content))
+            for path, was in one.changed[stage.name].items():
+                content = (root / path).read_bytes()
+                for dep in stage.deps:
+                    if dep.fs_path == str(root / path) and dep.hash_info.value == was:
+                        dep.hash_info, dep.meta = HashInfo("md5", md5(content)), Meta(size=len(content))
         stages[0].dvcfile._lockfile.dump_stages(stages)
-    after = locks.read_lock(root / pipeline.lock(file))
-    kept = root / pipeline.adopted(one.cell.plan)
-    rows = files.read_csv(kept) if kept.exists() else []
-    rows += [
-        {"stage": name, "was": locks.identity(before[name]), "now": locks.identity(after[name]),
-         "code": commit[:10], "how": "adopted"}
-        for name in one.changed
-        if name.split("-")[0] in MAKERS.values()
-    ]  # fmt: skip
-    if rows:
-        files.write_csv(kept, rows, ADOPTED)
+        after = locks.read_lock(root / pipeline.lock(file))
+        kept = root / pipeline.adopted(one.cell.plan)
+        rows = files.read_csv(kept) if kept.exists() else []
+        rows += [
+            {"stage": name, "was": locks.identity(before[name]), "now": locks.identity(after[name]),
+             "code": commit[:10], "how": "adopted"}
+            for name in one.changed
+            if name.split("-")[0] in MAKERS.values() and locks.identity(before[name]) != locks.identity(after[name])
+        ]  # fmt: skip
+        if rows:
+            files.write_csv(kept, rows, ADOPTED)

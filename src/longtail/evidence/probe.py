@@ -19,12 +19,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from longtail import training
+from longtail import posthoc, training
 from longtail.data import batches
 from longtail.training import engine, inference, provenance
 from longtail.workflow import files, stage
 
-IMAGES = 40  # of a small training split, beside one for each class
+IMAGES = 150  # of a small training split, beside one for each class: some classes have six, most have one or two
+OTHERS = 4  # of each class of the other splits, so that test sets with long tails of their own can be drawn
+SHOTS = {"many_above": 3, "few_below": 3, "distribution_ratios": [2, 4]}  # with which they have all groups and tails
+FEW_AT_A_TIME = 64  # images, so that even a small copy takes several turns
+FEW_LOGITS = 512  # 5 rows of 100 classes
 OF_A_CLASS, CHAIN_BATCH = 24, 16  # of a chain of trainings: few classes in a step, of which some images are held out
 BF16_STEPS = 2  # in bf16 where the processor does not do it: emulated, and slow
 
@@ -70,6 +74,7 @@ def look(
     try:
         for path, source in data.items():
             files.save_arrays(path, **small(files.load_arrays(source), chain))
+        inference.PREDICT_BATCH, posthoc.inputs.SLICE = FEW_AT_A_TIME, FEW_LOGITS
         for one in stages:
             run_stage(Path(tree), one["argv"], {key: shortened(value) for key, value in one["params"].items()})
         outs = [Path(out) for one in stages for out in one["outs"]]
@@ -103,7 +108,8 @@ def small(arrays: Mapping[str, np.ndarray], chain: bool) -> dict[str, np.ndarray
         places: list[int] = []
         for c in np.unique(labels_N):
             rows = np.flatnonzero(labels_N == c)
-            places += [*rows[: math.ceil(len(rows) * images / len(labels_N))]]
+            wanted = math.ceil(len(rows) * images / len(labels_N))
+            places += [*rows[: wanted if split == "train" else max(wanted, OTHERS)]]
         for name in (f"{split}_labels", f"{split}_images"):
             kept[name] = arrays[name][sorted(places)]
     return kept
@@ -112,8 +118,11 @@ def small(arrays: Mapping[str, np.ndarray], chain: bool) -> dict[str, np.ndarray
 def shortened(value: Any) -> Any:
     """A recipe with few epochs, in which all its changes come in their order, and small batches; the rest as it is.
 
-    Of a chain's recipe, that of the first step and that of the later ones.
+    Of a chain's recipe, that of the first step and that of the later ones. What is evaluated has the groups and test
+    distributions that a small copy has images for.
     """
+    if isinstance(value, Mapping) and SHOTS.keys() <= value.keys():
+        return {**value, **SHOTS}
     if isinstance(value, Mapping) and {"first", "later"} <= value.keys():
         first, later = shortened(value["first"]), value["later"]
         first["batch_size"] = min(first["batch_size"], CHAIN_BATCH)
@@ -166,6 +175,8 @@ def states(
             network, loss, train, seed=seed, gradients=bool(recipe.get("gradients_every")), **settings
         )
         run.epoch = epoch
+        each = batches.batches_per_epoch(len(train), batch_size=recipe["batch_size"], drop_last=recipe["drop_last"])
+        run.steps = (epoch - 1) * each  # by which a moving average moves
         losses: list[str] = []
 
         def between_steps() -> None:

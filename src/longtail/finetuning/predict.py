@@ -35,7 +35,7 @@ def predict(data: str, model: str, out: str) -> None:
     for which, epoch in sorted(epochs.items()):
         network = tuned.load(Path(model) / f"{which}.safetensors", device)
         for name, split in splits.items():
-            inputs = trunk.passed(network, split)
+            inputs = trunk.passed(network, {name: split})[name]
             runs = tuned.Trainable(network, from_trunk=inputs.images.dtype == torch.float32)
             found[f"{which}_{name}_logits"] = inference.logits(runs, inputs, precision="fp32").numpy()
         found[f"{which}_epoch"] = np.array(epoch)
@@ -57,7 +57,7 @@ def refit(
     splits = batches.splits(files.load_arrays(data), device)
     for which in files.read_json(Path(model) / "epochs.json"):
         network = tuned.load(Path(model) / f"{which}.safetensors", device)
-        inputs = {name: trunk.passed(network, split) for name, split in splits.items() if name != "test"}
+        inputs = trunk.passed(network, {name: split for name, split in splits.items() if name != "test"})
         runs = tuned.Trainable(network, from_trunk=inputs["train"].images.dtype == torch.float32)
         inference.set_up(seed)  # the same draws for each
         refit_heads(runs, inputs, way, **settings)

@@ -43,16 +43,20 @@ class Slower(BaseLoss):
         super().__init__()
         self.loss, self.part = loss, part
         self.scale, self.experts = loss.scale, loss.experts
-        self.class_balanced_sampling = loss.class_balanced_sampling
+        self.class_balanced_sampling, self.remembers = loss.class_balanced_sampling, loss.remembers
         self.__dict__["slower"] = parameters if part < 1 else []  # not parameters of the loss
         self.__dict__["before"] = None  # no state either: it is what the parameters are between two steps
 
-    def forward(self, logits_EBC: Tensor, labels_B: Tensor, weight: float = 1.0) -> Tensor:
+    def forward(self, logits_EBC: Tensor, labels_B: Tensor, weight: float = 1.0, *places_B: Tensor) -> Tensor:
         """That of the loss."""
         if self.__dict__["before"] is None:
             self.__dict__["before"] = [parameter.detach().clone() for parameter in self.__dict__["slower"]]
-        value: Tensor = self.loss(logits_EBC, labels_B, weight)
+        value: Tensor = self.loss(logits_EBC, labels_B, weight, *places_B)
         return value
+
+    def remember(self, logits_EBC: Tensor, labels_B: Tensor, places_B: Tensor) -> None:
+        """That of the loss."""
+        self.loss.remember(logits_EBC, labels_B, places_B)
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
         """That of the loss."""
@@ -116,14 +120,10 @@ def train(
         raise ValueError(f"{data}: features, not images; a backbone is fine-tuned on images")
     inference.set_up(seed)
     whole, loss = build(splits["train"], cell["method"], method, backbone, recipe["network"], seed)
-    if is_plain(recipe):
-        splits = {name: trunk.passed(whole, split) for name, split in splits.items()}
-    else:  # images that are looked at as they are need the trunk once, too, but what is trained takes one kind
-        splits = {name: split for name, split in splits.items() if name != "test" or recipe["test_every"]}
-    kinds = {split.images.dtype for split in splits.values()}
-    if len(kinds) > 1:
-        raise ValueError(f"{data}: a split is too large to be kept after the trunk, and another is not")
-    network = tuned.Trainable(whole, from_trunk=kinds == {torch.float32})
+    splits = {name: split for name, split in splits.items() if name != "test" or recipe["test_every"]}
+    if is_plain(recipe):  # else held-out images would need the trunk once, too, but what is trained takes one kind
+        splits = trunk.passed(whole, splits)
+    network = tuned.Trainable(whole, from_trunk=splits["train"].images.dtype == torch.float32)
     slower = Slower(loss, network.pretrained(), recipe["network"]["pretrained_lr"])
     settings = {key: value for key, value in recipe.items() if key not in ("network", "normalization")}
     checkpoint = Checkpoint(Path("runs/.checkpoints") / f"{fingerprint}.pt", f"{fingerprint} torch {torch.__version__}")

@@ -6,12 +6,14 @@ goes on after the last one, and ends with the same bytes. Nothing depends on the
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from longtail import networks
 from longtail.data.batches import Split
 from longtail.networks.tuned import Tuned
 from longtail.training import provenance
@@ -21,16 +23,21 @@ SHARD, PART = 512, 64  # images: in a file, and at a time
 LARGEST = 2**30  # bytes of a split that are held in memory; where there are more, the trunk runs at every step
 
 
-def passed(tuned: Tuned, split: Split) -> Split:
-    """The split with what the trunk makes of its images (N, ...) float32, or as it is where there is no trunk.
+def passed(tuned: Tuned, splits: Mapping[str, Split]) -> dict[str, Split]:
+    """The splits with what the trunk makes of their images (N, ...) float32, or as they are where there is no trunk.
 
-    It is left as it is, too, where that would take more than LARGEST bytes.
+    All are left as they are, too, where one of them would take more than LARGEST bytes: a network takes one kind.
     """
-    if not len(tuned.trunk) or not len(split):
-        return split
-    each = _before(tuned, split.images[:1])[0]
-    if each.numel() * each.element_size() * len(split) > LARGEST:
-        return split
+    shown = [split for split in splits.values() if len(split)]
+    if not len(tuned.trunk) or not shown:
+        return dict(splits)
+    each = _before(tuned, shown[0].images[:1])[0]
+    if each.numel() * each.element_size() * max(map(len, shown)) > LARGEST:
+        return dict(splits)
+    return {name: _kept(tuned, split) if len(split) else split for name, split in splits.items()}
+
+
+def _kept(tuned: Tuned, split: Split) -> Split:
     folder = FOLDER / _key(tuned, split)
     found = [_shard(folder / f"{first:09}.npy", tuned, split.images[first : first + SHARD])
              for first in range(0, len(split), SHARD)]  # fmt: skip
@@ -63,5 +70,7 @@ def _key(tuned: Tuned, split: Split) -> str:
     found = hashlib.sha256(provenance.digest(tuned.trunk.state_dict()).encode())
     found.update(repr([wants[key] for key in ("library", "network", "version", "resolution", "mean", "std")]).encode())
     found.update(f"{split.labels.device.type} {torch.__version__} {len(tuned.trunk)} {split.images.shape}".encode())
+    for module in (__file__, networks.tuned.__file__, networks.backbones.__file__):  # edited code starts anew
+        found.update(Path(module).read_bytes())
     found.update(split.images.cpu().numpy().tobytes())
     return found.hexdigest()[:16]

@@ -93,20 +93,27 @@ class Objective(BaseLoss):
         self.__dict__["positive"] = positive
         if classes is not None:
             self.experts, self.class_balanced_sampling = classes.experts, classes.class_balanced_sampling
+            self.remembers = classes.remembers
 
-    def forward(self, logits_EBC: Tensor, labels_B: Tensor, weight: float = 1.0) -> Tensor:
+    def forward(self, logits_EBC: Tensor, labels_B: Tensor, weight: float = 1.0, *places_B: Tensor) -> Tensor:
         """`weight` times the objective, in nats."""
         teacher: Teacher | None = self.__dict__["teacher"]
         seen_EBO = teacher.seen if teacher is not None and self.training else None
         if self.classes is None:
             return weight * sigmoid_targets(logits_EBC, labels_B, seen_EBO)
         if seen_EBO is None:
-            return self.classes(logits_EBC, labels_B, weight)
+            return self.classes(logits_EBC, labels_B, weight, *places_B)
         share = self.old / logits_EBC.shape[2]
         distilled = softened(logits_EBC[:, :, : self.old], seen_EBO, self.temperature)
+        known = self.classes(logits_EBC, labels_B, weight, *places_B)
         if self.kind == "added":
-            return self.classes(logits_EBC, labels_B, weight) + weight * distilled
-        return (1 - share) * self.classes(logits_EBC, labels_B, weight) + weight * share * distilled
+            return known + weight * distilled
+        return (1 - share) * known + weight * share * distilled
+
+    def remember(self, logits_EBC: Tensor, labels_B: Tensor, places_B: Tensor) -> None:
+        """That of the loss."""
+        if self.classes is not None:
+            self.classes.remember(logits_EBC, labels_B, places_B)
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
         """That of the loss."""

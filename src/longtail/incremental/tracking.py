@@ -13,7 +13,8 @@ from longtail.incremental.report import readout_name
 from longtail.tracking.runs import Store, log_rows, open_store, upload
 from longtail.workflow import chains, files
 from longtail.workflow.fingerprint import digest
-from longtail.workflow.locks import entry_files, identity, keys, read_locks
+from longtail.workflow.locks import entry_files, keys, read_locks
+from longtail.workflow.manifest import is_manifest
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
@@ -35,21 +36,21 @@ def sync(root: Path, plans: Mapping[str, Any]) -> tuple[dict[str, int], list[str
             if not all(name in locked for name in names):
                 continue
             entries = [locked[name] for name in names]
-            if changed := _changed(root, entries[-1]):
+            if changed := _apart(entries) or _changed(root, entries[-1]):
                 notes.append(f"{plan}: {cell.title}: {changed}; run `dvc repro`")
                 continue
             finished.append((cell, entries))
     counts = dict.fromkeys(("created", "unchanged", "superseded"), 0)
-    if not finished:
-        return counts, notes
     with open_store(root) as store:
         runs = store.runs()
         parents = {plan: _plan_run(store, runs, root, plan) for plan in {cell.plan for cell, _ in finished}}
         for cell, entries in finished:
-            key = digest([identity(entry) for entry in entries] + [entry_files(entries[-1], "outs")])
+            key = digest([_made(entry) for entry in entries] + [entry_files(entries[-1], "outs")])
             same = [run for run in runs if run.data.tags.get("longtail.chain") == f"{cell.plan}/{cell.name}"]
             there = [run for run in same if run.data.tags.get("longtail.key") == key]
-            if not there:
+            # the chain's own key is written last: without it the others are of a run that was cut off
+            if not any(run.data.tags.get("longtail.kind") == "chain" for run in there):
+                there = []
                 _create(store, root, cell, key, keys(entries[0]), parents[cell.plan].info.run_id)
             counts["unchanged" if there else "created"] += 1
             for run in same:
@@ -57,7 +58,30 @@ def sync(root: Path, plans: Mapping[str, Any]) -> tuple[dict[str, int], list[str
                 if run.data.tags.get("longtail.current") != current:
                     counts["superseded"] += current == "no"
                     store.client.set_tag(run.info.run_id, "longtail.current", current)
+        known = {f"{plan}/{cell.name}" for plan, axes in plans.items() for cell in chains.of_plan(plan, axes)}
+        for run in runs:  # of chains that have left their plan
+            chain = run.data.tags.get("longtail.chain", "")
+            left = chain.partition("/")[0] in plans and chain not in known
+            if left and run.data.tags.get("longtail.current") == "yes":
+                counts["superseded"] += 1
+                store.client.set_tag(run.info.run_id, "longtail.current", "no")
     return counts, notes
+
+
+def _made(entry: Mapping[str, Any]) -> list[Any]:
+    """What decides a stage's result but for its code, which may be adopted: command, data, params."""
+    read = [(path, md5) for path, md5 in entry_files(entry, "deps") if not is_manifest(path)]
+    return [entry["cmd"], sorted(read), keys(entry)]
+
+
+def _apart(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Why the stages of a chain are not of one training: one read what another has replaced since."""
+    made = {path: md5 for entry in entries for path, md5 in entry_files(entry, "outs")}
+    for entry in entries:
+        for path, md5 in entry_files(entry, "deps"):
+            if made.get(path, md5) != md5:
+                return f"not finished, a stage is from before the last change of {path}"
+    return ""
 
 
 def track(root: Path, plans: Mapping[str, Any]) -> None:

@@ -27,13 +27,20 @@ class Loss(BaseLoss):
         class_counts_C: training images of each class, all > 0.
         beta: how soon more images of a class add nothing new: after about 1 / (1 - beta).
         divide_by: the sum over the batch is divided by the number of its `images`, as in the paper's code: then a batch
-            without rare images has next to no gradient; or by their `weights`, as in LDAM's code.
+            without rare images has next to no gradient; or by their `weights`, as in LDAM's code: those of the part of
+            a batch that a process sees at a time, so that more parts are another loss.
+
+    Raises ValueError for another `divide_by`, and for a beta outside [0, 1).
     """
 
     weight_C: Tensor
 
     def __init__(self, class_counts_C: Tensor, *, beta: Fraction, divide_by: Literal["images", "weights"]):
         super().__init__()
+        if divide_by not in ("images", "weights") or not 0 <= beta < 1:
+            raise ValueError(
+                f"divide_by = {divide_by!r}, beta = {beta}: allowed are images or weights, and 0 <= beta < 1"
+            )
         self.divide_by = divide_by
         self.register_buffer("weight_C", weights(class_counts_C, beta).float())
 

@@ -43,6 +43,8 @@ class Loss(BaseLoss):
         accumulation: double | plain.
         lambda1: strength of the positive-gradient margin.
         lambda2: strength of the negative-gradient margin (without effect in `released`).
+
+    Raises ValueError for another variant or accumulation.
     """
 
     positive_C: Tensor
@@ -61,6 +63,9 @@ class Loss(BaseLoss):
         lambda2: NotNegative,
     ):
         super().__init__()
+        if variant not in ("released", "paper", "classifier") or accumulation not in ("double", "plain"):
+            given = f"variant = {variant!r}, accumulation = {accumulation!r}"
+            raise ValueError(f"{given}: allowed are released, paper or classifier, and double or plain")
         self.variant, self.accumulation = variant, accumulation
         self.lambda1, self.lambda2 = lambda1, lambda2
         for name in ("positive_C", "negative_C", "theta_C", "phi_C"):

@@ -88,6 +88,8 @@ def load(
 
     Raises ValueError, naming what does not fit: library, network, file, digest, tensors.
     """
+    if sha256 is not None and weights in ("hub", "none"):
+        raise ValueError(f"sha256: belongs to a weights file; weights are {weights!r}")
     makers = {"timm": _timm, "torchvision": _torchvision}
     if library not in makers:
         raise ValueError(f"library: {library!r} is unknown; allowed are {', '.join(makers)}")
@@ -105,6 +107,13 @@ def load(
     }  # fmt: skip
     trunk = _without_classifier(made.network, network)
     trunk = trunk.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    if facts["resolution"] != made.resolution:
+        side = facts["resolution"]
+        try:
+            with torch.inference_mode():
+                trunk(torch.zeros(1, 3, side, side))
+        except Exception as error:
+            raise ValueError(f"resolution: {network} does not take images of {side} x {side} ({error})") from error
     return Backbone(trunk, facts["resolution"], facts["mean"], facts["std"], facts)
 
 
@@ -139,6 +148,8 @@ def _torchvision(network: str, *, pretrained: bool) -> Made:
         made: Any = get_model(network, weights=choice if pretrained else None)
     except Exception as error:
         raise ValueError(_no_hub("torchvision", network, error)) from error
+    if hasattr(made, "transform_input"):  # two networks have it with the hub's weights alone, though all need it
+        made.transform_input = True
     wanted = choice.transforms()
     return Made(made, wanted.crop_size[0], list(wanted.mean), list(wanted.std), torchvision.__version__)
 

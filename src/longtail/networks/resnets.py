@@ -2,9 +2,9 @@
 
 ResNets for 32x32 images (He et al., CVPR 2016, section 4.2; depth 6n + 2, shortcut option A: subsample and pad with
 zeros) and for larger ones (torchvision's blocks). The stem and the first groups of blocks are shared; the last two
-groups and the head belong to each expert (Sanchez Aimar et al., CVPR 2023). On the features of a frozen backbone there
-are heads alone. A network carries its own settings and its normalisation, so a weights file says all that prediction
-needs.
+groups and the head belong to each expert (Sanchez Aimar et al., CVPR 2023), or, of a CIFAR ResNet that shares two, the
+last one (as in SHIKE: Jin et al., CVPR 2023). On the features of a frozen backbone there are heads alone. A network
+carries its own settings and its normalisation, so a weights file says all that prediction needs.
 
 B batch, C classes, E experts, D features.
 """
@@ -103,11 +103,11 @@ def scaled_head(head: Any, factor_C: Tensor) -> Any:
 
 
 class Expert(nn.Module):
-    """The part that an expert has to itself: the second and third group of blocks and a head."""
+    """The part that an expert has to itself: the second and third group of blocks, or the third alone, and a head."""
 
-    def __init__(self, blocks: int, width: int, classes: int, head: str, scale: float):
+    def __init__(self, blocks: int, width: int, classes: int, head: str, scale: float, *, shared_groups: int):
         super().__init__()
-        self.group2 = group(blocks, width, 2 * width, stride=2)
+        self.group2 = group(blocks, width, 2 * width, stride=2) if shared_groups == 1 else nn.Sequential()
         self.group3 = group(blocks, 2 * width, 4 * width, stride=2)
         self.head = HEADS[head](4 * width, classes, scale)
 
@@ -150,18 +150,19 @@ class Network(nn.Module):
     Attributes:
         settings: what `build` makes such a network of; channels, classes, experts, mean and std among them.
         experts: what each has to itself, its `head` among it.
-
-    Raises ValueError for a normalisation that does not fit the channels.
     """
 
     experts: nn.ModuleList
 
     def __init__(self, settings: dict[str, Any]):
         super().__init__()
-        channels, means = settings["channels"], len(settings["mean"])
-        if not means == len(settings["std"]) == channels:
-            raise ValueError(f"images have {channels} channel(s), normalization has {means}")
         self.settings = settings
+
+
+def check_normalization(*, channels: int, mean: list[float], std: list[float]) -> None:
+    """Raise ValueError for a normalisation that does not fit images of so many channels."""
+    if not len(mean) == len(std) == channels:
+        raise ValueError(f"images have {channels} channel(s), normalization has {len(mean)}")
 
 
 class ResNet(Network):
@@ -176,6 +177,9 @@ class ResNet(Network):
         head: linear or cosine.
         scale: of the cosine head's logits.
         mean, std: normalisation of images in [0, 1], a value a channel; carried along for prediction.
+        shared_groups: how many of the three groups of blocks the experts share, 1 or 2.
+
+    Raises ValueError for a normalisation that does not fit the channels.
     """
 
     def __init__(
@@ -190,23 +194,29 @@ class ResNet(Network):
         scale: float,
         mean: list[float],
         std: list[float],
+        shared_groups: int = 1,
     ):
         super().__init__({
             "channels": channels, "classes": classes, "experts": experts, "depth": depth, "width": width,
             "head": head, "scale": scale, "mean": mean, "std": std,
+            **({"shared_groups": shared_groups} if shared_groups != 1 else {}),  # files of before have no such key
         })  # fmt: skip
+        check_normalization(channels=channels, mean=mean, std=std)
         blocks = (depth - 2) // 6
         self.conv1 = nn.Conv2d(channels, width, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.group1 = group(blocks, width, width, stride=1)
-        self.experts = nn.ModuleList(Expert(blocks, width, classes, head, scale) for _ in range(experts))
+        self.group2 = group(blocks, width, 2 * width, stride=2) if shared_groups == 2 else nn.Sequential()
+        self.experts = nn.ModuleList(
+            Expert(blocks, width, classes, head, scale, shared_groups=shared_groups) for _ in range(experts)
+        )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images (B, channels, H, W) to logits (E, B, C) in float32."""
-        x = run_blocks(norm_relu(self.conv1(images), self.bn1), [*self.group1])
+        x = run_blocks(norm_relu(self.conv1(images), self.bn1), [*self.group1, *self.group2])
         return torch.stack([expert(x) for expert in self.experts])
 
 
@@ -266,7 +276,7 @@ class LargeResNet(Network):
         architecture: a name in ARCHITECTURES.
         the others: as those of ResNet.
 
-    Raises ValueError for an unknown architecture.
+    Raises ValueError for an unknown architecture, and for a normalisation that does not fit the channels.
     """
 
     def __init__(
@@ -285,6 +295,7 @@ class LargeResNet(Network):
             "architecture": architecture, "channels": channels, "classes": classes, "experts": experts,
             "head": head, "scale": scale, "mean": mean, "std": std,
         })  # fmt: skip
+        check_normalization(channels=channels, mean=mean, std=std)
         if architecture not in ARCHITECTURES:
             raise ValueError(f"no architecture {architecture!r}; there are {', '.join(ARCHITECTURES)}")
         self.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
@@ -343,11 +354,10 @@ class HeadsOnFeatures(Network):
         mean: list[float],
         std: list[float],
     ):
-        nn.Module.__init__(self)  # Network's would ask for a mean and std a channel
-        self.settings = {
+        super().__init__({
             "hidden": hidden, "standardize": standardize, "channels": channels, "classes": classes, "experts": experts,
             "head": head, "scale": scale, "mean": mean, "std": std,
-        }  # fmt: skip
+        })  # fmt: skip
         self.norm = nn.BatchNorm1d(channels, affine=False) if standardize else nn.Identity()
         self.experts = nn.ModuleList(FeatureExpert(channels, hidden, classes, head, scale) for _ in range(experts))
 
@@ -377,14 +387,39 @@ class Apart(Network):
         return torch.cat([network(images) for network in self.networks])
 
 
+class Mirrored(Network):
+    """A network that looks at an image and at its mirror image, and takes the mean of its logits of both.
+
+    Twice the multiply-adds, for prediction alone; what many tables have without saying so.
+    """
+
+    def __init__(self, network: Network):
+        same = {key: network.settings[key] for key in ("channels", "classes", "experts", "mean", "std")}
+        super().__init__({"mirrored": network.settings, **same})
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images (B, channels, H, W) to logits (E, B, C) in float32."""
+        both: Tensor = self.network(images) + self.network(images.flip(3))
+        return both / 2
+
+
 def build(**settings: Any) -> Network:
-    """The network of these settings: Apart, HeadsOnFeatures where they say how many hidden units, a LargeResNet where
-    they name an architecture, or a CIFAR ResNet."""
+    """The network of these settings: Apart, Mirrored, HeadsOnFeatures where they say how many hidden units, a
+    LargeResNet where they name an architecture, or a CIFAR ResNet."""
     if "apart" in settings:
         return Apart([build(**one) for one in settings["apart"]])
+    if "mirrored" in settings:
+        return Mirrored(build(**settings["mirrored"]))
     if "hidden" in settings:
         return HeadsOnFeatures(**settings)
     return LargeResNet(**settings) if "architecture" in settings else ResNet(**settings)
+
+
+def of_features(network: Network) -> bool:
+    """Whether it takes features in place of images; of networks apart, whether all do."""
+    parts = network.networks if isinstance(network, Apart) else [network]
+    return all(isinstance(part, HeadsOnFeatures) for part in parts)
 
 
 def compiled(network: Network) -> Any:

@@ -158,7 +158,8 @@ class Trainable(Network):
 
     def pretrained(self) -> list[nn.Parameter]:
         """The parameters that start from the backbone's weights: all but the heads'."""
-        return [value for name, value in self.named_parameters() if ".head." not in name]
+        experts: list[Any] = [*self.experts]
+        return [value for expert in experts for value in expert.body.parameters()]
 
 
 def resized(x: Tensor, side: int) -> Tensor:

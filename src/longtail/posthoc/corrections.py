@@ -14,6 +14,7 @@ from longtail.posthoc.inputs import (
     as_numpy,
     check,
     counts_of,
+    flag,
     log_prior,
     number,
     slices,
@@ -170,7 +171,9 @@ class BlackBoxShift(Correction):
         self.soft, self.floor = soft, floor
 
     def _predicted(self, logits: np.ndarray) -> np.ndarray:
-        return softmax(logits.astype(np.float64), axis=1) if self.soft else np.eye(logits.shape[1])[logits.argmax(1)]
+        if flag("soft", self.soft):
+            return softmax(logits.astype(np.float64), axis=1)
+        return np.eye(logits.shape[1])[logits.argmax(1)]
 
     def _fit(self, logits: np.ndarray, labels: Any) -> None:
         classes, floor = logits.shape[1], number("floor", self.floor, above=0)
@@ -234,7 +237,7 @@ class VectorScaling(Correction):
 
     def _fit(self, logits: np.ndarray, labels: np.ndarray) -> None:
         classes, l2 = logits.shape[1], number("l2", self.l2, least=0)
-        weights = sample_weights(labels, "balanced" if self.balanced else "uniform")
+        weights = sample_weights(labels, "balanced" if flag("balanced", self.balanced) else "uniform")
 
         def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
             scale, shift = flat[:classes], flat[classes:]

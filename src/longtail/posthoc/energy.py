@@ -209,9 +209,10 @@ class EnergyAligning(Correction):
         classes = len(self.open_)
         if number("reference", self.reference) not in range(classes):
             raise ValueError(f"reference = {self.reference}; allowed are 'mean' and 0 to {classes - 1}")
-        if not self.open_[self.reference]:
+        label = int(self.reference)
+        if not self.open_[label]:
             raise ValueError(f"reference = {self.reference}: this class is masked")
-        return float(energy[np.flatnonzero(self.open_) == self.reference][0])
+        return float(energy[np.flatnonzero(self.open_) == label][0])
 
     def _groups(self) -> np.ndarray:
         """The group of each open class, numbered from 0 on."""

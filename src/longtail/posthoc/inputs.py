@@ -182,6 +182,13 @@ def number(name: str, value: Any, *, above: float = -np.inf, least: float = -np.
     raise ValueError(f"{name} = {value!r}; allowed are {allowed or 'finite numbers'}")
 
 
+def flag(name: str, value: Any) -> bool:
+    """A setting that is True or False. Raises ValueError, with its `name`, for anything else: the word 'false', say."""
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    raise ValueError(f"{name} = {value!r}; allowed are True and False")
+
+
 def counts_of(labels: np.ndarray, classes: int, why: str) -> np.ndarray:
     """Samples of each class (C,). Raises ValueError for a class that has none."""
     counts = np.bincount(labels, minlength=classes)

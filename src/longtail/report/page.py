@@ -375,7 +375,7 @@ def sure_part(it: Found) -> Part | None:
 def shift_part(it: Found) -> Part | None:
     """Other distributions of the test images."""
     shift = under_shift.table(it.shifted, it.published, it.names)
-    if not shift.lines or it.first is None:
+    if it.first is None or len(shift.header) < 5:  # method, recipe, prior and more than one distribution
         return None
     recipe, said = it.first.recipe, []
     for method in dict.fromkeys((it.first.method, BASELINE)):

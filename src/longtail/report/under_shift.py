@@ -21,9 +21,9 @@ IN_PUBLISHED = {(RAW, "accuracy"): "none", (RAW, "known_prior"): "known_prior"}
 ADJUSTED_METHOD = "ce"  # the one whose logits are for the training prior
 READING = (
     "Accuracy in percent on test images drawn with the long tail of training (forward), its reverse (backward) or as "
-    "they are (uniform); the number is the imbalance. Mean over draws of images and over training seeds. 'Prior known' "
-    "adds the logarithm of the true class frequencies to the logits, which are taken to be for a uniform prior: it "
-    "needs the test prior. In brackets what was published."
+    "many of each class (uniform); the number is the imbalance. Mean over draws of images and over training seeds. "
+    "'Prior known' adds the logarithm of the true class frequencies to the logits, which are taken to be for a uniform "
+    "prior: it needs the test prior. In brackets what was published."
 )
 
 
@@ -82,6 +82,9 @@ def table(found: Sequence[Row], published: Sequence[Published], names: Mapping[s
     for (recipe, method, line), by_distribution in by_line.items():
         cells = [names[method], recipe, line]
         for distribution in distributions:
+            if distribution not in by_distribution:  # measured before or after the others
+                cells.append("-")
+                continue
             row = by_distribution[distribution]
             text = spread(row.mean, row.sd)
             correction = IN_PUBLISHED.get((row.correction, row.column), "")

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from longtail import networks, posthoc
+from longtail.data import decode
 from longtail.networks import backbones, tuned
 from longtail.posthoc import predictions
 from longtail.tracking import runs
@@ -32,7 +33,8 @@ OUTPUTS = ("logits", "probabilities")
 CLASSES = "classes"
 TOLERANCE = 1e-3  # nats between the file's logits and the pipeline's: other libraries round otherwise
 CHECKED = 256  # test images that the file is tried on
-SERVED = Path(__file__).with_name("served.py")
+SERVED, DECODE = Path(__file__).with_name("served.py"), Path(decode.__file__)
+READING = {"fit": "squash", "exif_orientation": False}  # settings of the reader `images` that say how files are read
 
 
 class Deployed(nn.Module):
@@ -55,7 +57,7 @@ class Deployed(nn.Module):
         super().__init__()
         self.network = network
         self.backbone = None if backbone is None else tuned.Prepared(backbone)
-        self.full = 1 if of_features(network) and backbone is None else 255
+        self.full = 1 if networks.of_features(network) and backbone is None else 255
         self.input = "features" if self.full == 1 else "images"
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(network.settings[name]).view(-1, 1, 1))
@@ -69,11 +71,6 @@ class Deployed(nn.Module):
         x = (x - self.mean) / self.std
         logits = self.scale * networks.product(self.network(x)) + self.shift
         return logits, logits.softmax(1)
-
-
-def of_features(network: networks.Network) -> bool:
-    """Whether the network takes features in place of images."""
-    return isinstance(network, networks.HeadsOnFeatures)
 
 
 class Trained:
@@ -110,6 +107,9 @@ class Trained:
         if dataset in params["features"]:  # the images that the features are of, and what made them
             made = params["features"][dataset]
             dataset, backbone = made["dataset"], backbones.load(**params["backbones"][made["backbone"]])
+        source = params["sources"].get(params["datasets"].get(dataset, {}).get("source"), {})
+        # how files become images of that size: as the reader of one's own does it; others have no files
+        self.reading = {key: source.get(key, value) for key, value in READING.items()}
         data = root / "data" / "long_tail" / f"{dataset}.npz"
         self.images = files.load_arrays(data, "test_images")["test_images"]
         self.deployed = Deployed(self.network, self.correction, backbone).eval()
@@ -212,8 +212,8 @@ def register(cell: Trained, root: Path, *, name: str, alias: str, move: bool = F
         mlflow.set_tracking_uri(uri)
         network, about = Path(folder) / "network.onnx", Path(folder) / "about.json"
         export(cell, network)
-        height, width, channels = cell.images.shape[1:]
-        facts = {"classes": cell.classes, "height": height, "width": width, "channels": channels, "cell": cell.title}
+        size, _, channels = cell.images.shape[1:]
+        facts = {"classes": cell.classes, "cell": cell.title, "size": size, "channels": channels, **cell.reading}
         about.write_text(json.dumps(facts))
         with (
             mlflow.start_run(
@@ -226,7 +226,7 @@ def register(cell: Trained, root: Path, *, name: str, alias: str, move: bool = F
             )  # served.py needs no mlflow
             logged = mlflow.pyfunc.log_model(
                 name="model", python_model=str(SERVED), artifacts={"network": str(network), "about": str(about)},
-                signature=signature, input_example=pandas.DataFrame({takes: [given]}),
+                code_paths=[str(DECODE)], signature=signature, input_example=pandas.DataFrame({takes: [given]}),
                 registered_model_name=name, pip_requirements=_requirements(),
                 metadata={"cell": cell.title, **_measures(cell)},
             )  # fmt: skip

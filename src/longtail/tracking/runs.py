@@ -21,11 +21,12 @@ import os
 import re
 import shlex
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,7 @@ EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # or th
 ARTIFACTS = ("table.md", "report.html", "summary.json")
 CELL_ARTIFACTS = ("metrics.json", "classes.csv", "reliability.csv")
 NOTES = 8  # printed; the cells of a plan that still runs are many
+LOCKED_S = 10.0  # how long another program may write to the database
 BATCH = 1000  # MLflow takes no more metrics at once
 ALARM_S = 60  # the child's time for one contact with the store
 READ_BYTES = 1 << 16
@@ -123,6 +125,8 @@ def open_store(root: Path) -> Iterator[Store]:
         from sqlalchemy.exc import SQLAlchemyError
 
         try:
+            if database:
+                _usable(database)
             client = MlflowClient(tracking_uri=uri)
             experiment = client.get_experiment_by_name(EXPERIMENT)
             if experiment is None:
@@ -139,7 +143,7 @@ def open_store(root: Path) -> Iterator[Store]:
                     "address of a server; MLFLOW_ALLOW_FILE_STORE=true has MLflow take the folder"
                 ) from error
             raise TrackingError(f"MLflow cannot use {shown(uri)} ({_hidden(one_line(error), uri)})") from error
-        except SQLAlchemyError as error:
+        except (SQLAlchemyError, sqlite3.Error) as error:
             said = one_line(getattr(error, "orig", None) or error)
             what = (
                 "another program writes to it: end that (`mlflow ui`? a copy?), then track again" if "locked" in said
@@ -147,6 +151,14 @@ def open_store(root: Path) -> Iterator[Store]:
                 else "is the server there, and the password right?"
             )  # fmt: skip
             raise TrackingError(f"MLflow cannot use {shown(uri)} ({_hidden(said, uri)}): {what}") from error
+
+
+def _usable(database: Path) -> None:
+    """Raise sqlite3.Error for a database that cannot be written to: MLflow would try ten times, in 100 seconds."""
+    if database.exists():
+        with closing(sqlite3.connect(database, timeout=LOCKED_S)) as there:
+            there.execute("begin immediate")
+            there.rollback()
 
 
 def _check_experiment(experiment: "Experiment", uri: str, database: Path | None) -> None:

@@ -1,11 +1,11 @@
-"""What MLflow serves of a registered cell; MLflow keeps a copy of this file, which needs nothing of longtail.
+"""What MLflow serves of a registered cell; MLflow keeps a copy of this file, and one of longtail.data.decode, which
+need nothing else of longtail.
 
 In: a column `image`, the bytes of an image file (PNG, JPEG, ...; base64 in JSON); or, of heads on somebody's own
 embeddings, a column `features`, a list of numbers. Out, for each: the most probable class, and the probability of every
 class by its name.
 """
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,11 @@ import numpy as np
 import onnxruntime
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
-from PIL import Image
+
+try:
+    from longtail.data import decode
+except ImportError:  # where it is served: MLflow keeps a copy of that file beside this one's
+    import decode  # type: ignore[import-not-found,no-redef]
 
 
 class Served(PythonModel):
@@ -26,7 +30,7 @@ class Served(PythonModel):
         self.about = json.loads(Path(context.artifacts["about"]).read_text())
 
     def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-        """Classify image files, one that has another size than the network's images is resized; or features.
+        """Classify image files, decoded, cut and scaled as the pipeline does with its own; or features.
 
         Raises ValueError naming the row that holds no image, another number of features, or one that is no number.
         """
@@ -57,14 +61,11 @@ class Served(PythonModel):
 
     def decode(self, row: int, data: bytes) -> np.ndarray:
         """The bytes of a file as uint8 (H, W, channels)."""
-        size = self.about["width"], self.about["height"]
+        how = {key: self.about[key] for key in ("size", "channels", "fit", "exif_orientation")}
         try:
-            image = Image.open(io.BytesIO(data)).convert("L" if self.about["channels"] == 1 else "RGB")
-        except Exception as error:
+            return decode.decode(data, **how)[0]
+        except ValueError as error:
             raise ValueError(f"row {row}: no image file ({error})") from error
-        if image.size != size:
-            image = image.resize(size, Image.Resampling.BILINEAR)
-        return np.asarray(image, dtype=np.uint8).reshape(self.about["height"], self.about["width"], -1)
 
 
 set_model(Served())

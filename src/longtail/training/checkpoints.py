@@ -46,9 +46,10 @@ class Checkpoint:
             return None
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
+            found = state.get("identity")
         except Exception as error:  # whole or not there, so this is another program's or a failing disk's file
             raise ValueError(f"{self.path}: not a readable checkpoint ({error}); remove it to train anew") from error
-        return state if state.get("identity") == self.identity else None
+        return state if found == self.identity else None
 
     def due(self) -> bool:
         """Whether the last one is `every_s` ago."""
@@ -75,19 +76,27 @@ class Checkpoint:
 
         Raises ValueError naming the process that is at it: the orphan of a `dvc repro` that was killed, say.
         """
-        if self.path is None or fcntl is None:
+        if self.path is None:
             yield
             return
-        lock = self.path.with_suffix(".lock")
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with open(lock, "a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                other = f"process {file.read()} is training this cell ({lock})"
-                raise ValueError(f"{other}; wait for it or end it") from None
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+        with alone(self.path.with_suffix(".lock"), "training this cell"):
             yield
+
+
+@contextmanager
+def alone(lock: Path, does: str) -> Iterator[None]:
+    """Keep every other process from what this one `does` meanwhile. Raises ValueError naming the one that is at it."""
+    if fcntl is None:
+        yield
+        return
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(f"process {file.read()} is {does} ({lock}); wait for it or end it") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

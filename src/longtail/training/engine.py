@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from longtail import networks
 from longtail.data import batches
@@ -99,10 +99,16 @@ def fit(
         the others: a recipe's keys (params.yaml).
 
     Raises FloatingPointError, naming epoch, step and lr, when a loss is not finite; the last checkpoint stays.
+    Raises ValueError for a checkpoint of another number of processes.
     """
     training = Training(network, loss, train, seed=seed, epochs=epochs, gradients=bool(gradients_every), **recipe)
     fitted, state = Fitted(), checkpoint.load()
     if state is not None:
+        if (there := len(state["training"]["sums"])) != processes.world():
+            here = (
+                f"this one has {processes.world()}: go on with LONGTAIL_PROCESSES={there}, or remove it to train anew"
+            )
+            raise ValueError(f"{checkpoint.path} is of a training by {there} process(es), {here}")
         training.load_state_dict(state["training"])
         fitted = Fitted.from_state_dict(state["fitted"])
     started = perf_counter() - fitted.seconds
@@ -195,7 +201,9 @@ class Training:
             "mean": network.settings["mean"], "std": network.settings["std"],
         }  # fmt: skip
         smallest = batch_size if drop_last or len(train) % batch_size == 0 else len(train) % batch_size
-        if smallest // processes.world() < accumulate:
+        # a batch norm of features, which have no places to take a variance over, wants two rows
+        rows = 2 if any(isinstance(module, nn.BatchNorm1d) for module in network.modules()) else 1
+        if smallest // processes.world() < rows * accumulate:
             raise ValueError(
                 f"{len(train)} images in batches of {batch_size} leave a batch of {smallest}, too small for "
                 f"{processes.world()} process(es) x accumulate {accumulate}; take drop_last or another batch_size"
@@ -260,15 +268,20 @@ class Training:
             optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         for part in range(self.accumulate):  # of the rows that as many processes would have
-            images, labels, partner_labels = (tensor[part :: self.accumulate] for tensor in batch[:3])
+            images, labels, partner_labels, places, partner_places = (
+                tensor[part :: self.accumulate] for tensor in batch[:5]
+            )
             with torch.autocast(self.device.type, inference.DTYPES[self.precision], enabled=self.precision != "fp32"):
                 logits_EBC = self.forward(images)
             if self.gradients:
                 logits_EBC.register_hook(self._add_gradients)
             share = len(labels) / batch.size  # losses are means over what they see, the step is over the joint batch
-            value = self.loss(logits_EBC, labels, batch.weight * share)
+            value = self._loss(logits_EBC, labels, places, batch.weight * share)
             if batch.weight < 1:
-                value = value + self.loss(logits_EBC, partner_labels, (1 - batch.weight) * share)
+                value = value + self._loss(logits_EBC, partner_labels, partner_places, (1 - batch.weight) * share)
+            if self.loss.remembers:
+                most = (labels, places) if batch.weight >= 0.5 else (partner_labels, partner_places)
+                self.loss.remember(logits_EBC.detach(), *most)
             self.scaler.scale(value).backward()
             with torch.no_grad():
                 predictions = networks.product(logits_EBC).argmax(1)
@@ -288,6 +301,9 @@ class Training:
             now = self._averaged_tensors()
             torch._foreach_lerp_([self.average[key] for key in now], [*now.values()], 1 - decay)
         self.bad_batch = torch.where((self.bad_batch < 0) & ~total.isfinite(), self.batch, self.bad_batch)
+
+    def _loss(self, logits_EBC: Tensor, labels: Tensor, places: Tensor, weight: float) -> Any:
+        return self.loss(logits_EBC, labels, weight, *([places] if self.loss.remembers else []))
 
     def _add_gradients(self, gradient_EBC: Tensor) -> None:
         gradient_EBC = gradient_EBC.double() / self.scaler.get_scale()
@@ -328,13 +344,21 @@ class Training:
         processes.same_buffers(self.network)
         if not self.weight_average:
             return self.network
+        self._same_average()
         average = networks.build(**self.network.settings).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         average.load_state_dict({**self.network.state_dict(), **self.average})
         return average
 
+    def _same_average(self) -> None:
+        """Averaged running statistics are those of the first process too, whenever it is that one looks."""
+        if processes.world() > 1:
+            for value in self.average.values():
+                processes.from_first(value)
+
     def state_dict(self) -> dict[str, Any]:
         """All of it, of all processes."""
         processes.same_buffers(self.network)
+        self._same_average()
         return {
             "network": self.network.state_dict(), "loss": self.loss.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -363,8 +387,10 @@ def class_accuracy(network: networks.Network, split: batches.Split, *, precision
     """
     mine = slice(processes.rank(), None, processes.world())
     split = batches.Split(split.images[mine], split.labels[mine], split.num_classes)
-    predictions = networks.product(inference.logits(network, split, precision=precision)).argmax(1)
     labels = split.labels.cpu()
+    predictions = labels  # none, where there are more processes than images
+    if len(split):
+        predictions = networks.product(inference.logits(network, split, precision=precision)).argmax(1)
     right = torch.bincount(labels[predictions == labels], minlength=split.num_classes)
     counts = torch.stack([right, torch.bincount(labels, minlength=split.num_classes)]).to(split.labels.device)
     right, total = processes.add_up(counts).cpu()

@@ -1,7 +1,8 @@
 """Experts that were trained apart, each in its own cell, as one network: a new expert trains only itself.
 
 The prediction is that of BalPoE (Sanchez Aimar et al., CVPR 2023, arXiv:2206.05260), the mean of the experts' logits;
-what is missing is the shared trunk.
+what is missing is the shared trunk. A network may also look at mirror images, which makes of a cell another one: what
+is gained by that is never gained silently.
 """
 
 from collections.abc import Sequence
@@ -14,8 +15,11 @@ from longtail.training.cell import HISTORY
 from longtail.workflow import files
 
 
-def run(fingerprint: str, cells: Sequence[str], *, out: str, history: str) -> None:
+def run(fingerprint: str, cells: Sequence[str], *, mirrored: bool = False, out: str, history: str) -> None:
     """Write the networks in `<cell>/model` as one into folder `out`, and the mean of the cells' histories.
+
+    Args:
+        mirrored: whether it looks at mirror images too (longtail.networks.Mirrored).
 
     Raises ValueError when the networks are not of the same classes and normalisation, or the histories of other epochs.
     """
@@ -24,8 +28,9 @@ def run(fingerprint: str, cells: Sequence[str], *, out: str, history: str) -> No
     rows = [files.read_csv(Path(cell) / "history.csv") for cell in cells]
     if len({epoch["last"] for epoch in epochs}) > 1:
         raise ValueError(f"{', '.join(cells)}: trained for {[epoch['last'] for epoch in epochs]} epochs, not as many")
-    apart = networks.Apart([networks.load(Path(cell) / "model" / "last.safetensors") for cell in cells])
-    networks.save(apart, Path(out) / "last.safetensors")
+    alone = [networks.load(Path(cell) / "model" / "last.safetensors") for cell in cells]
+    network = networks.Apart(alone) if len(alone) > 1 else alone[0]
+    networks.save(networks.Mirrored(network) if mirrored else network, Path(out) / "last.safetensors")
     files.write_json(Path(out) / "epochs.json", {"last": epochs[0]["last"]})
     mean = [
         {key: mean_of([row[key] for row in same_epoch]) for key in HISTORY} for same_epoch in zip(*rows, strict=True)

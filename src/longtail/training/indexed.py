@@ -1,7 +1,8 @@
 """Features of a large data set, from its index: images are decoded as they are needed, and never all in memory.
 
 Rows are computed in shards, each written whole: a run that was killed goes on after the last shard and ends with the
-same bytes. Shards go by what determines a feature, so that leaving broken files out computes nothing anew.
+same bytes. Shards go by what determines a feature, so that leaving broken files out computes anew what lies beside
+them alone.
 
 N rows, D features.
 """
@@ -25,6 +26,7 @@ from longtail.data.large.pixels import Square
 from longtail.data.large.store import Piece, Store
 from longtail.networks import backbones
 from longtail.training import inference
+from longtail.training.checkpoints import alone
 from longtail.workflow import files
 from longtail.workflow.fingerprint import digest
 
@@ -74,28 +76,48 @@ def extract(
         for split in inference.SPLITS
         for first in range(0, len(pieces[split]), SHARD)
     ]
-    kinds, wrong = Counter[str](), dict[str, str]()
+    with alone(shards.with_suffix(".lock"), "computing these features"):
+        kinds, wrong, broken_shards = _computed(store, made, how, device, todo)
+        if wrong:
+            said = "; ".join(f"{place} ({why})" for place, why in list(wrong.items())[:NAMED])
+            said += "; ..." if len(wrong) > NAMED else ""
+            if broken == "refuse":
+                for path in broken_shards:  # a file that is mended may have the size that it had
+                    path.unlink()
+                raise ValueError(
+                    f"{store.path}: {len(wrong):,} files are no usable images: {said}. Mend them and make the index "
+                    "anew, or leave them out (broken: leave_out); what was computed of others is kept"
+                )
+            print(f"left out, no usable images: {len(wrong):,}: {said}")
+        print("files: " + ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items())))
+        report = {"kinds": kinds, "left_out": wrong, "index": about}
+        try:
+            _write(Path(out), arrays, made.facts, [path for path, _ in todo], report)
+        except ValueError:  # of a class nothing is left, say: these files may be mended now
+            for path in broken_shards:
+                path.unlink()
+            raise
+        shutil.rmtree(shards, ignore_errors=True)
+
+
+def _computed(
+    store: Store,
+    made: backbones.Backbone,
+    how: Square,
+    device: torch.device,
+    todo: Sequence[tuple[Path, Sequence[Piece]]],
+) -> tuple[Counter[str], dict[str, str], list[Path]]:
+    """Compute what is missing: how many files there are of each kind, which are no images, the shards with those."""
+    kinds, wrong, broken_shards = Counter[str](), dict[str, str](), list[Path]()
     with tqdm(total=sum(len(part) for _, part in todo), desc="features", unit="image", disable=None) as bar:
         for path, part in _compute(store, made, how, device, todo):
             shard = files.load_arrays(path)
             kinds.update(shard["kinds"].tolist())
             wrong |= {part[n].file + (f" at {part[n].offset}" if part[n].offset else ""): why
                       for n, why in zip(shard["broken"].tolist(), shard["why"].tolist(), strict=True)}  # fmt: skip
+            broken_shards += [path] if len(shard["broken"]) else []
             bar.update(len(part))
-    if wrong:
-        said = "; ".join(f"{place} ({why})" for place, why in list(wrong.items())[:NAMED])
-        said += "; ..." if len(wrong) > NAMED else ""
-        if broken == "refuse":
-            raise ValueError(
-                f"{store.path}: {len(wrong):,} files are no usable images: {said}. Mend them and make the index anew, "
-                "or leave them out (broken: leave_out), which computes nothing again"
-            )
-        print(f"left out, no usable images: {len(wrong):,}: {said}")
-    print("files: " + ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items())))
-    _write(
-        Path(out), arrays, made.facts, [path for path, _ in todo], {"kinds": kinds, "left_out": wrong, "index": about}
-    )
-    shutil.rmtree(shards, ignore_errors=True)
+    return kinds, wrong, broken_shards
 
 
 def _compute(
@@ -106,11 +128,11 @@ def _compute(
     todo: Sequence[tuple[Path, Sequence[Piece]]],
 ) -> Iterator[tuple[Path, Sequence[Piece]]]:
     """Each shard of `todo` when it is there; those that are not are computed and written first."""
-    missing = [(path, part) for path, part in todo if not path.is_file()]
-    parts = [part[first : first + CHUNK] for _, part in missing for first in range(0, len(part), CHUNK)]
+    missing = {path: part for path, part in todo if not path.is_file()}  # asked once: the stream is of just these
+    parts = [part[first : first + CHUNK] for part in missing.values() for first in range(0, len(part), CHUNK)]
     decoded = feed.chunks(store, parts, how)
     for path, part in todo:
-        if not path.is_file():
+        if path in missing:
             _shard(path, len(part), made, device, decoded)
         yield path, part
 

@@ -110,7 +110,7 @@ class Stored:
 def load(model: str | Path, which: str) -> networks.Network:
     """A network of the folder `model`, on the device. Raises ValueError where it is none on features."""
     network = networks.load(Path(model) / f"{which}.safetensors", inference.find_device())
-    if not isinstance(network, networks.HeadsOnFeatures):
+    if not networks.of_features(network):
         raise ValueError(f"{model}: its network takes images; logits by blocks are of heads on features")
     return network
 
@@ -299,7 +299,7 @@ def evaluate(
             continue
         last = which == "last"
         logits = Logits(load(model, which), features)
-        drawn = Drawn.of(labels_N, counts_C, distribution_ratios if last else [], distribution_draws)
+        drawn = Drawn.of(labels_N, counts_C, distribution_ratios if last else None, distribution_draws)
         shifts = _rebalancing(logits, [np.arange(len(labels_N)), *drawn.rows])
         rebalancing = _known(posthoc.PredictionRebalancing(), logits.shape[1], "test")
         rebalancing.shift_ = shifts[0]
@@ -337,10 +337,10 @@ class Drawn:
     priors: np.ndarray
 
     @classmethod
-    def of(cls, labels_N: np.ndarray, counts_C: np.ndarray, ratios: Sequence[int], draws: int) -> "Drawn":
-        """As `distributions.evaluate` draws them; none without ratios."""
-        names = distributions.names(ratios) if ratios else []
+    def of(cls, labels_N: np.ndarray, counts_C: np.ndarray, ratios: Sequence[int] | None, draws: int) -> "Drawn":
+        """As `distributions.evaluate` draws them; nothing for None."""
         per_class = int(np.bincount(labels_N, minlength=len(counts_C)).min())
+        names = [] if ratios is None else distributions.names(ratios, per_class)
         wanted = [distributions.frequencies(name, counts_C, per_class) for name in names]
         chosen = [
             [distributions.draw(labels_N, wanted_C, seed) for seed in range(1 if name == "uniform" else draws)]

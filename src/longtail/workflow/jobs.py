@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from longtail.workflow.progress import Bar
 
 WRITE_AFTER_S = 60  # what a `kill -9` may cost: the record of the last minute's stages
+END = "end"  # what is asked last
 WAIT_S = 1.0  # between two looks at whether another DVC has ended
 
 
@@ -67,11 +68,18 @@ class Job:
         except (EOFError, OSError):  # it died
             return False
 
-    def close(self) -> None:
-        """Have it write what it has not yet, and end."""
-        if self.process is not None:
-            self.connection.close()
-            self.process.wait()
+    def close(self) -> bool:
+        """Have it write what it has not yet, and end; False when it could not, and has said why."""
+        if self.process is None:
+            return True
+        done = False
+        if self.process.poll() is None:
+            with suppress(EOFError, OSError):  # it dies
+                self.connection.send((END, []))
+                done = bool(self.connection.recv())
+        self.connection.close()
+        self.process.wait()
+        return done
 
 
 def serve(connection: Connection) -> None:
@@ -82,6 +90,8 @@ def serve(connection: Connection) -> None:
     try:
         while True:
             what, addresses = connection.recv()
+            if what == END:
+                break
             connection.send(getattr(stages, what)(addresses))
     except (EOFError, OSError, KeyboardInterrupt):
         pass
@@ -89,6 +99,8 @@ def serve(connection: Connection) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         stages.close()
+        with suppress(OSError):  # an exit status would not do: this process is ended when it is hung up on
+            connection.send(True)
 
 
 def end_with(connection: int) -> None:

@@ -19,9 +19,15 @@ from pathlib import Path
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+COMPOUND = (ast.If, ast.With, ast.Try, ast.For, ast.While, ast.Match)
 LAYOUT = {"ctx", "kind", "type_comment", "type_ignores", "returns"}  # fields of a tree that change nothing at run time
 MARK = "\0"  # around the number of a reference, where a unit's text has one
-CPP_TOKEN = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\])*"|\'(?:\\.|[^\'\\])*\'|\\\n|\n|\w+|[^\s\w]', re.DOTALL)
+CPP_TOKEN = re.compile(
+    r"""//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|\\\n|\n"""
+    r"""|\#[ \t]*define[ \t]+\w+\(?"""  # whether a macro takes arguments is a matter of a space
+    r"""|<<=|>>=|<=>|\.\.\.|->\*|::|\+\+|--|->|<<|>>|<=|>=|==|!=|&&|\|\||[-+*/%&|^]=|\#\#|\w+|[^\s\w]""",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +54,7 @@ class Unit:
     @cached_property
     def written(self) -> "Written":
         """Its text and what it refers to."""
-        return Written(self.content, ()) if self.node is None else Writer(self).write()
+        return Written(self.content) if self.node is None else Writer(self).write()
 
     @cached_property
     def digest(self) -> str:
@@ -68,10 +74,11 @@ class Reference:
 
 @dataclass(frozen=True)
 class Written:
-    """A unit's text, with MARK number MARK for each of its references."""
+    """A unit's text, with MARK number MARK for each of its references; and the modules that its imports load."""
 
     text: str
-    references: tuple[Reference, ...]
+    references: tuple[Reference, ...] = ()
+    loading: tuple["Module", ...] = ()
 
     def with_references(self, titles: list[str]) -> str:
         """The text with these in place of its references."""
@@ -95,11 +102,17 @@ class Package:
     beside: tuple[str, ...] = (".cpp", ".j2", ".npz")
     modules: dict[str, "Module | None"] = field(default_factory=dict)
 
+    def holding(self, dotted: str) -> "Module | None":
+        """The module in which a dotted name is: the longest beginning of it that is a module."""
+        while dotted and self.module(dotted) is None:
+            dotted = dotted.rpartition(".")[0]
+        return self.module(dotted) if dotted else None
+
     def module(self, name: str) -> "Module | None":
         """The module of this dotted name, or None when the package has none."""
         if name not in self.modules:
             path = self.root.joinpath(*name.split("."))
-            files = [path.with_suffix(".py"), path / "__init__.py"]
+            files = [path / "__init__.py", path.with_suffix(".py")]  # a package goes before a module
             found = next((file for file in files if file.is_file()), None)
             inside = name == self.name or name.startswith(f"{self.name}.")
             self.modules[name] = Module(self, name, found) if inside and found else None
@@ -119,12 +132,13 @@ class Package:
 
         A name that a module only imported is followed to where it is defined.
         """
+        before, _, last = dotted.rpartition(".")
+        around = self.module(before) if before else None
         module = self.module(dotted)
         if module is not None:
-            return Reference(dotted.rpartition(".")[2], loads=module)
-        before, _, last = dotted.rpartition(".")
-        module = self.module(before) if before else None
-        if module is None:
+            assert around is None or around.imports is not None  # which refuses another thing of that name
+            return Reference(last, loads=module)
+        if (module := around) is None:
             return None
         units = tuple(unit for unit in module.units if last in unit.names)
         if units:
@@ -158,8 +172,26 @@ class Module:
 
     @cached_property
     def imports(self) -> dict[str, str]:
-        """{local name: dotted name} of its own import statements, those in functions left out."""
-        return imports(self.tree.body, self.folder)
+        """{local name: dotted name} of its own import statements, those in functions left out.
+
+        Raises ValueError for what nothing here follows: `import *`, and a name that is also a file's of the folder.
+        """
+        found = imports(self.tree.body, self.folder)
+        if "*" in found:
+            raise ValueError(f"{self.file}: import * is not followed; name what is imported")
+        if self.file.name == "__init__.py":
+            for name, dotted in found.items():
+                if dotted != f"{self.name}.{name}" and self.package.module(f"{self.name}.{name}") is not None:
+                    raise ValueError(f"{self.file}: {name} is imported, and a file has that name, too; rename one")
+        return found
+
+    @cached_property
+    def imported(self) -> list[str]:
+        """The dotted names that its own import statements load, and definitions of those."""
+        nodes = [
+            node for node in _outside_definitions(self.tree.body) if isinstance(node, (ast.Import, ast.ImportFrom))
+        ]
+        return [dotted for node in nodes for dotted in targets(node, self.folder).values()]
 
     @cached_property
     def units(self) -> list[Unit]:
@@ -182,8 +214,8 @@ class Module:
         return {path.name: Unit(self, (path.name,), None, without_layout(path)) for path in found}
 
     def at_import(self) -> Iterator[Unit]:
-        """What loading it does beside binding names: its own bare statements."""
-        yield from (unit for unit in self.units if not unit.names or isinstance(unit.node, (ast.For, ast.While)))
+        """What loading it does beside binding names: its own bare statements, and those with others inside."""
+        yield from (unit for unit in self.units if not unit.names or isinstance(unit.node, COMPOUND))
 
     def loaded(self) -> Iterator["Module"]:
         """The modules that loading it loads: those of the packages around it, and what it imports."""
@@ -191,7 +223,7 @@ class Module:
         names = (
             [".".join(around[: n + 1]) for n in range(len(around))] if self.name.startswith(self.package.name) else []
         )
-        for dotted in [*names, *self.imports.values()]:
+        for dotted in [*names, *self.imported]:
             while dotted:
                 module = self.package.module(dotted)
                 if module is not None:
@@ -210,10 +242,17 @@ def imports(statements: Iterable[ast.stmt], folder: str) -> dict[str, str]:
                     alias.name if alias.asname else alias.name.split(".")[0]
                 )
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join([*folder.split(".")[: len(folder.split(".")) - node.level + 1]]) if node.level else ""
-            before = ".".join(part for part in (base, node.module or "") if part)
-            found |= {alias.asname or alias.name: f"{before}.{alias.name}" for alias in node.names}
+            found |= targets(node, folder)
     return found
+
+
+def targets(node: ast.Import | ast.ImportFrom, folder: str) -> dict[str, str]:
+    """{local name, or the dotted one where it binds a part of that: dotted name} of one import statement."""
+    if isinstance(node, ast.Import):
+        return {alias.asname or alias.name: alias.name for alias in node.names}
+    base = ".".join([*folder.split(".")[: len(folder.split(".")) - node.level + 1]]) if node.level else ""
+    before = ".".join(part for part in (base, node.module or "") if part)
+    return {alias.asname or alias.name: f"{before}.{alias.name}" for alias in node.names}
 
 
 def _outside_definitions(statements: Iterable[ast.AST]) -> Iterator[ast.AST]:
@@ -247,9 +286,9 @@ def is_text(statement: ast.stmt) -> bool:
 
 
 def for_scripts(statement: ast.stmt) -> bool:
-    """Whether a statement is `if __name__ == "__main__"`, or imports for type checkers."""
-    test = ast.unparse(statement.test) if isinstance(statement, ast.If) else ""
-    return test.replace('"', "'") == "__name__ == '__main__'" or test.endswith("TYPE_CHECKING")
+    """Whether a statement is `if __name__ == "__main__"`, or imports for type checkers, and has no `else`."""
+    test = ast.unparse(statement.test) if isinstance(statement, ast.If) and not statement.orelse else ""
+    return test.replace('"', "'") == "__name__ == '__main__'" or test in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 
 
 def without_layout(path: Path) -> str:
@@ -258,12 +297,15 @@ def without_layout(path: Path) -> str:
     if path.suffix not in (".cpp", ".h", ".cu"):
         return hashlib.sha256(content).hexdigest()
     text, directive = [], False
+    if own := re.search(rb'^[ \t]*#[ \t]*include[ \t]*"([^"]*)"', content, re.MULTILINE):
+        raise ValueError(f"{path}: #include of {own[1].decode()} is not followed; write it into this file")
     for token in CPP_TOKEN.findall(content.decode()):
         if token == "\n":  # ends a directive, and nothing else
             text += ["\n"] if directive else []
             directive = False
         elif token != "\\\n" and not token.startswith(("//", "/*")):
-            directive = directive or token == "#"
+            directive = directive or token.startswith("#")
+            token = " ".join(token.split()) if token.startswith("#") else token
             text.append(token)
     return " ".join(text)
 
@@ -274,19 +316,22 @@ class Writer:
     def __init__(self, unit: Unit):
         self.unit, self.package = unit, unit.module.package
         self.references: list[Reference] = []
+        self.loading: list[Module] = []
         self.scopes: list[tuple[bool, set[str]]] = []  # (of a class, its own names), innermost last
         assert unit.node is not None
-        folder = unit.module.folder
-        self.own_imports = imports(
-            [node for node in ast.walk(unit.node) if isinstance(node, (ast.Import, ast.ImportFrom))], folder
-        )
+        # of all functions in it: a name that several of them import otherwise may be any of these
+        self.own_imports: dict[str, list[str]] = {}
+        for inner in ast.walk(unit.node):
+            if isinstance(inner, (ast.Import, ast.ImportFrom)):
+                for name, dotted in imports([inner], unit.module.folder).items():
+                    self.own_imports.setdefault(name, []).append(dotted)
 
     def write(self) -> Written:
         """The text and the references."""
         node = self.unit.node
         assert node is not None
         text = self.block(node.body) if isinstance(node, ast.Module) else self.text(node)
-        return Written(text, tuple(self.references))
+        return Written(text, tuple(self.references), tuple(self.loading))
 
     def block(self, statements: Iterable[ast.stmt]) -> str:
         """Statements without those that do nothing."""
@@ -310,10 +355,11 @@ class Writer:
             return self.inside(f"class {node.name}({head})", [node.body], bound_by(node.body), of_class=True)
         if isinstance(node, COMPREHENSIONS):
             names = set(bound(ast.Tuple([generator.target for generator in node.generators], ast.Store())))
+            first = self.text(node.generators[0].iter)  # is looked up outside
             self.scopes.append((False, names))
             text = self.fields(node)
             self.scopes.pop()
-            return text
+            return f"{first}:{text}"
         if isinstance(node, ast.arg):
             return node.arg
         if isinstance(node, ast.AnnAssign):
@@ -334,6 +380,8 @@ class Writer:
                 continue
             if name in ("body", "orelse", "finalbody") and isinstance(value, list):
                 shown = self.block(value)
+                if shown == "[]" and name != "body":
+                    continue
             elif isinstance(value, list):
                 shown = f"[{self.all(value)}]"
             else:
@@ -372,13 +420,21 @@ class Writer:
         return head + text
 
     def load(self, node: ast.Import | ast.ImportFrom) -> str:
-        """An import inside a function: what it names is written where it is used, here only what it loads."""
-        found = [self.package.resolve(target) for target in imports([node], self.unit.module.folder).values()]
-        modules = [reference.loads or reference.units[0].module for reference in found if reference]
-        for module in modules:
-            self.references.append(Reference("", loads=None) if module.name in self.package.stops
-                                   else Reference("", units=tuple(module.at_import())))  # fmt: skip
-        return ""
+        """An import inside a function, a class or an `if`: what it names, and the modules that it loads.
+
+        A module that it names is written where something of it is used.
+        """
+        found = []
+        for target in targets(node, self.unit.module.folder).values():
+            reference = self.package.resolve(target)
+            if reference is None:
+                found.append(f"!{target}")
+                continue
+            self.loading.append(reference.loads or reference.units[0].module)
+            if (named := self.package.holding(target)) not in (None, self.loading[-1]):  # it is passed on there
+                self.loading.append(named)
+            found += [self.refer(reference)] if reference.loads is None else []
+        return f"import({','.join(found)})" if found else ""
 
     def reference(self, node: ast.Name | ast.Attribute) -> str:
         """A name, or attributes of one: a reference where it means something of the package."""
@@ -393,30 +449,43 @@ class Writer:
         rest = "".join(f".{attribute}" for attribute in attributes)
         if self.is_local(root.id):
             return root.id + rest
-        target = self.own_imports.get(root.id)
-        if target is None and not isinstance(self.unit.node, ast.Module):
+        meant = [self.imported(target, attributes) for target in self.own_imports.get(root.id, [])]
+        units: tuple[Unit, ...] = ()
+        if not isinstance(self.unit.node, ast.Module):
             units = tuple(unit for unit in self.unit.module.units if root.id in unit.names)
-            if units:  # itself, or others of its module
-                return (root.id if self.unit in units else self.refer(Reference(root.id, units=units))) + rest
-        target = target or self.unit.module.imports.get(root.id)
-        if target is None:
-            return root.id + rest
-        for used in range(len(attributes), -1, -1):  # the longest that means something
+            if units and self.unit not in units:  # others of its module
+                meant.append(self.refer(Reference(root.id, units=units)) + rest)
+        if (not units or self.unit in units) and (target := self.unit.module.imports.get(root.id)):
+            meant.append(self.imported(target, attributes))  # also where it is made anew of what was imported
+        return "|".join(dict.fromkeys(meant)) or root.id + rest
+
+    def imported(self, target: str, attributes: list[str]) -> str:
+        """Attributes of what was imported: the longest that means something is a reference."""
+        rest = "".join(f".{attribute}" for attribute in attributes)
+        for used in range(len(attributes), -1, -1):
             reference = self.package.resolve(".".join([target, *attributes[:used]]))
             if reference is not None:
                 return self.refer(reference) + "".join(f".{attribute}" for attribute in attributes[used:])
         return f"!{target}{rest}"
 
     def is_local(self, name: str) -> bool:
-        """Whether a name is bound by a function around the place, or by the class whose body it is in."""
-        return any(name in names for n, (of_class, names) in enumerate(reversed(self.scopes)) if n == 0 or not of_class)
+        """Whether a name is bound by a function around the place, or by the class whose body it is in and by nobody
+        outside: a class may make something of its own of what has the same name there."""
+        outside = name in self.unit.module.imports or any(name in unit.names for unit in self.unit.module.units)
+        return any(
+            name in names and not (of_class and outside)
+            for n, (of_class, names) in enumerate(reversed(self.scopes)) if n == 0 or not of_class
+        )  # fmt: skip
 
     def refer(self, reference: Reference) -> str:
         """The mark of a reference; of one that is not followed, its name."""
         if self.package.stopped(reference):
             return f"~{reference.title}"
         if reference.loads is not None:  # the module itself, which may be asked for anything
-            reference = Reference(reference.title, units=tuple(reference.loads.units), loads=reference.loads)
+            imported = [self.package.resolve(dotted) for dotted in reference.loads.imports.values()]
+            passed_on = [one for one in imported if one and not self.package.stopped(one)]
+            units = [*reference.loads.units, *(unit for one in passed_on for unit in one.units)]
+            reference = Reference(reference.title, units=tuple(dict.fromkeys(units)), loads=reference.loads)
         self.references.append(reference)
         return f"{MARK}{len(self.references) - 1}{MARK}"
 
@@ -447,7 +516,7 @@ def reached(start: Iterable[Unit]) -> list[Unit]:
         unit = todo.pop(0)
         for reference in unit.written.references:
             add(reference.units)
-        modules = [unit.module]
+        modules = [unit.module, *unit.written.loading]
         while modules:  # loading one loads others
             module = modules.pop()
             if module in seen or module.name in module.package.stops:

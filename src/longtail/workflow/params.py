@@ -162,6 +162,7 @@ class Network(Block):
 class CifarNetwork(Network):
     depth: Annotated[int, Field(ge=8, le=1202)]  # He et al.'s deepest
     width: Annotated[int, Field(ge=4, le=1024, multiple_of=4)]
+    shared_groups: Annotated[int, Field(ge=1, le=2)] = 1
 
     @model_validator(mode="after")
     def _depth(self) -> "CifarNetwork":
@@ -251,7 +252,7 @@ class FeatureRecipe(Recipe):
     def _nothing_that_needs_images(self) -> "FeatureRecipe":
         off = {"crop_padding": 0, "flip": False, "policy": "none", "color_jitter": [0] * 4, "rotation": 0, "cutout": 0}
         changed = [f"augmentation.{key}" for key, value in off.items() if getattr(self.augmentation, key) != value]
-        changed += [key for key in ("cutmix_alpha",) if getattr(self, key)]
+        changed += [key for key in ("cutmix_alpha", "sync_batch_norm") if getattr(self, key)]
         changed += ["resolution"] if self.resolution.milestones else []
         changed += ["optimizer.muon_lr"] if self.optimizer.muon_lr else []
         changed += ["normalization"] if len(self.normalization.mean) != 1 else []
@@ -279,7 +280,14 @@ class Indexed(Block):
 
 
 class Fuse(Block):
-    fuse: list[Name] = Field(min_length=2)
+    fuse: list[Name] = Field(min_length=1)
+    mirrored: bool = False  # whether it looks at mirror images, too
+
+    @model_validator(mode="after")
+    def _is_another_network(self) -> "Fuse":
+        if len(self.fuse) == 1 and not self.mirrored:
+            raise ValueError(f"fuse names {self.fuse[0]} alone, whose network it is already; or mirrored: true")
+        return self
 
 
 class Evaluate(Block):
@@ -481,12 +489,16 @@ class IncrementalRecipe(Block):
             raise ValueError("first.weight_average must be 0: a step goes on from the network itself")
         if self.first.network.head == "cosine" and not self.bias:
             raise ValueError("bias: false is of a linear head; a cosine head has none")
+        if self.body == "preactivation" and self.first.network.shared_groups != 1:
+            raise ValueError("first.network.shared_groups: with body: preactivation experts share the first alone")
         if self.body == "preactivation" and self.first.network.width < 8:  # oneDNN writes beyond its memory (NOTES.md)
             raise ValueError(f"first.network.width: {self.first.network.width}; with body: preactivation at least 8")
         if self.later is not None:
-            late = [step for step in self.later.schedule.milestones if step >= self.later.epochs]
-            if self.later.schedule.warmup_epochs >= self.later.epochs or late:
-                raise ValueError(f"later.schedule goes on after the last of {self.later.epochs} epochs")
+            changes = {"later.schedule": [*self.later.schedule.milestones, self.later.schedule.warmup_epochs],
+                       "first.resolution": self.first.resolution.milestones}  # fmt: skip
+            for name, steps in changes.items():
+                if any(step >= self.later.epochs for step in steps):
+                    raise ValueError(f"{name} goes on after the last of later's {self.later.epochs} epochs")
         return self
 
 
@@ -674,6 +686,9 @@ def _check_features(value: dict[str, Any], problems: list[str]) -> None:
                 if features != of_features(value, dataset):
                     has, takes = ("features", "images") if not features else ("images", "features (network.hidden)")
                     problems.append(f"plans.{plan}: {dataset} has {has}, and the recipe {recipe} takes {takes}")
+        mirrored = [name for name in block.get("fuse", ()) if value["methods"][name].get("mirrored")]
+        if mirrored and of_features(value, block["datasets"][0]):
+            problems.append(f"plans.{plan}.fuse: {mirrored[0]} is mirrored, and features have no mirror image")
         tuned = [recipe for recipe in block["recipes"] if "backbone" in value["recipes"][recipe]["network"]]
         if tuned and tuned != block["recipes"]:
             problems.append(f"plans.{plan}.recipes: {', '.join(tuned)} fine-tune a backbone; all have to, or none")

@@ -75,6 +75,16 @@ def side_by_side(tensor: Tensor) -> Tensor:
     return torch.stack(parts)
 
 
+def rows_of_all(tensor: Tensor) -> Tensor:
+    """The rows of all processes, one process's after the other's; they may have different numbers of them."""
+    if world() == 1:
+        return tensor
+    counts = side_by_side(torch.tensor(len(tensor), device=tensor.device)).tolist()
+    padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    return torch.cat([part[:count] for part, count in zip(side_by_side(padded), counts, strict=True)])
+
+
 def add_up_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Sum the gradients over processes, as one message: these networks are small, so there is nothing to overlap."""
     if world() > 1:

@@ -7,6 +7,7 @@ that made the result; the guard compares both ends and fails the stage, so that 
 import argparse
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -97,11 +98,12 @@ def pick(values: dict[str, Any], keys: list[str]) -> dict[str, Any]:
 
 
 def md5(path: str | Path) -> str:
-    """The MD5 of a file as DVC has it; of a folder, one over its files' names and MD5s (the guard's own)."""
+    """The MD5 of a file or a folder as DVC has it: of a folder, that of a list of its files, with `.dir` behind."""
     path = Path(path)
     if path.is_dir():
-        lines = [f"{file.relative_to(path)} {md5(file)}" for file in sorted(path.rglob("*")) if file.is_file()]
-        return hashlib.md5("\n".join(lines).encode()).hexdigest()
+        names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+        listed = [{"md5": md5(path / name), "relpath": name} for name in names]
+        return f"{hashlib.md5(json.dumps(listed, sort_keys=True).encode()).hexdigest()}.dir"
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "md5").hexdigest()
 

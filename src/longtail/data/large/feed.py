@@ -35,7 +35,8 @@ def workers() -> int:
 
 
 def read(store: Store, pieces: Sequence[Piece], how: Square) -> Chunk:
-    """Read and decode. A file that is no usable image, or not what the index says, is named in `broken`."""
+    """Read and decode. A file that is no usable image is named in `broken`; one that is not what the index says raises
+    ValueError."""
     pixels = np.zeros((len(pieces), how.side, how.side, 3), np.uint8)
     kinds, broken = [], dict[int, str]()
     for n, piece in enumerate(pieces):

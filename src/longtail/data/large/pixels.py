@@ -84,7 +84,7 @@ def _any(data: bytes, how: Square) -> Tensor:
     with Image.open(io.BytesIO(data)) as image:
         image.load()
         turned = ImageOps.exif_transpose(image) if how.exif_orientation else image
-        pixels = np.array(decode.eight_bit(turned, decode.MODES[CHANNELS]))
+        pixels = np.array(decode.eight_bit(turned, decode.MODES[CHANNELS], image.format))
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 

@@ -21,23 +21,23 @@ def find(store: Store, layout: Layout, keys: Sequence[str], *, verified: bool) -
     ValueError saying how many listed images are not there, three of them, and what release it seems to be.
     """
     wanted, found = set(keys), dict[str, Piece]()
-    for part in layout.parts:
+    there = {part: [archive for archive in part.archives if store.exists(archive.name)] for part in layout.parts}
+    for part, archives in there.items():
         trees = [tree for tree in part.trees if store.exists(tree)]
-        archives = [archive for archive in part.archives if store.exists(archive.name)]
         for tree in trees:
             for path, size in store.tree(tree):
                 if (key := layout.form.key(path)) in wanted and key not in found:
                     found[key] = Piece(path, 0, size())
-        if len(found) < len(wanted):
-            for archive in archives:
-                if archive.read_in_place:
-                    if verified:
-                        verify(store, archive)
-                    for name, piece in store.members(archive.name, nested=archive.nested):
-                        if (key := layout.form.key(name)) in wanted:
-                            found.setdefault(key, piece)
         if not trees and not any(archive.read_in_place for archive in archives):
             raise FileNotFoundError(_to_put(store, layout, part, archives, verified=verified))
+    for archive in (one for archives in there.values() for one in archives if one.read_in_place):
+        if len(found) == len(wanted):  # an archive beside its tree is not read
+            break
+        if verified:
+            verify(store, archive)
+        for name, piece in store.members(archive.name, nested=archive.nested):
+            if (key := layout.form.key(name)) in wanted:
+                found.setdefault(key, piece)
     if missing := [key for key in keys if key not in found]:
         raise ValueError(
             f"{store.path}: {len(missing):,} of {len(keys):,} listed images of {layout.title} are not there: "

@@ -47,9 +47,11 @@ def look(labels: str | Path, features: str | Path | None) -> tuple[list[listing.
         raise ValueError(
             f"{source}: features: {values.dtype} of shape {values.shape}; allowed are numbers ({len(rows)}, D)"
         )
+    with np.errstate(over="ignore"):  # what is too large for float32 is not finite in it
+        values = np.ascontiguousarray(values, np.float32)
     if not np.isfinite(values).all():
-        raise ValueError(f"{source}: features: row {np.flatnonzero(~np.isfinite(values).all(1))[0]} is not finite")
-    values = np.ascontiguousarray(values, np.float32)
+        row = np.flatnonzero(~np.isfinite(values).all(1))[0]
+        raise ValueError(f"{source}: features: row {row} is not finite in float32")
     return rows, values, own.digest(rows, [value.tobytes() for value in values])
 
 
