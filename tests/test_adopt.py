@@ -186,6 +186,12 @@ def test_another_dvc_is_waited_for(bare, capsys, monkeypatch):
     assert capsys.readouterr().err.count("adopt waits: Unable to acquire lock") == 1
 
 
+def test_no_record_hides_where_a_training_is_from():
+    """A row from an identity to itself would end the way back at itself."""
+    for path in sorted(ROOT.glob("stages/*/adopted.csv")):
+        assert not [row for row in files.read_csv(path) if row["was"] == row["now"]], path
+
+
 def test_every_stage_of_a_cell_is_known_to_be_its():
     cell = Cell("posthoc", "a", "b", "c", "1")
     for kind in ("train", "predict", "align", "evaluate", "compare"):

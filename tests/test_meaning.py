@@ -258,7 +258,7 @@ def test_what_is_written_otherwise_there_is_no_edit(tmp_path):
         ({"a.py": "from longtail.p import helper\n" + USE, "p/helper.py": "X = 1\n", "p/q.py": ONE,
           "p/__init__.py": "from longtail.p.q import helper\n"}, "helper is imported, and a file has that name, too"),
         ({"a.py": "def run():\n    return open('k.cpp')\n", "k.cpp": '# include "k.h"\n'},
-         r"k\.cpp: #include of k\.h is not followed; write it into this file"),
+         r'k\.cpp: #include of "k\.h" is not followed; write it into this file'),
     ],
 )  # fmt: skip
 def test_what_nobody_could_follow_is_refused(tmp_path, files, message):

@@ -69,7 +69,7 @@ def test_what_is_asked_otherwise_of_a_source_that_is_there_is_refused(here: Path
     new.new("pets", new.Chosen())
     new.new("pets", new.Chosen(broken="refuse", duplicates="refuse"))
     for changes in ({"broken": "leave_out"}, {"duplicates": "report"}):
-        with pytest.raises(ValueError, match=r"is 'refuse' in params.yaml, not .*; give this one a --name"):
+        with pytest.raises(ValueError, match=r"is 'refuse' in params.yaml, not .*; change it there, or give this"):
             new.new("pets", new.Chosen(**changes))
 
 
@@ -133,7 +133,8 @@ def test_other_features_of_the_same_table_are_other_data(here: Path) -> None:
     new.new("emb.csv", new.Chosen(features="clip.npy"))
     for other in ("dino.npy", "nowhere.npy"):
         with pytest.raises(
-            ValueError, match=r"sources.emb.features is '.*clip.npy' in params.yaml, not '.*; give this"
+            ValueError,
+            match=r"sources.emb.features is '.*clip.npy' in params.yaml, not '.*; change it there, or give this",
         ):
             new.new("emb.csv", new.Chosen(features=other))
     assert new.new("emb.csv", new.Chosen(features="clip.npy")) == ["sources.emb: as it was"]

@@ -76,7 +76,7 @@ def test_a_cmyk_jpeg_keeps_its_colour() -> None:
 def test_whole_numbers_of_32_bits_have_no_known_range() -> None:
     values = np.arange(256, dtype=np.int32).reshape(16, 16)
     for scale in (1, 257):
-        with pytest.raises(decode.BrokenError, match="whole numbers of 32 bits, whose range is not known"):
+        with pytest.raises(decode.BrokenError, match="32 bits, or signed ones, whose range is not known"):
             decode.decode(encoded(Image.fromarray(values * scale), "TIFF"), **PLAIN)
 
 
@@ -133,7 +133,7 @@ def test_broken_files_say_why() -> None:
         (large, "10000 x 10000 pixels, more than 89,478,485: a decompression bomb"),
         (huge, "more than 178,956,970 pixels: a decompression bomb"),
         (floats, "floating-point"),
-        (encoded(Image.fromarray(np.full((2, 2), 70_000, np.int32)), "TIFF"), "whole numbers of 32 bits, whose range"),
+        (encoded(Image.fromarray(np.full((2, 2), 70_000, np.int32)), "TIFF"), "32 bits, or signed ones"),
     ):
         with pytest.raises(decode.BrokenError, match=why):
             decode.decode(data, **PLAIN)
@@ -213,9 +213,12 @@ def test_an_image_outside_of_the_class_folders_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("inside", ["", "train/"])
 def test_what_is_no_image_beside_the_class_folders_is_left_out(tmp_path: Path, inside: str) -> None:
     make(tmp_path, {"train/cat": 2, "test/cat": 1} if inside else {"cat": 2, "dog": 1})
-    for name in ("metadata.csv", "README.txt", "Thumbs.db"):
+    for name in ("metadata.csv", "README", "Thumbs.db"):
         (tmp_path / inside / name).write_text("x")
     assert len(listing.read(tmp_path)[1]) == 3
+    (tmp_path / inside / "loose").write_bytes(encoded(noise(seed=1)))  # whatever it is called
+    with pytest.raises(ValueError, match="loose is in no class folder"):
+        listing.read(tmp_path)
 
 
 def test_train_and_test_folders_are_splits(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -491,21 +493,67 @@ def test_a_job_that_cannot_record_what_ran_is_a_failure(asked, monkeypatch):
     assert cli.run("quick", "*", 2) == 2
 
 
-@pytest.mark.slow
-def test_a_job_ends_with_a_word_and_says_so_when_it_cannot_write(tmp_path, monkeypatch):
-    """As often as the hang-up could have come before the word: the exit status is of no use."""
+@pytest.fixture
+def bare(tmp_path, monkeypatch):
+    """A DVC project with one stage, of half a minute."""
     subprocess.run([sys.executable, "-m", "dvc", "init", "-q", "--no-scm"], cwd=tmp_path, check=True)
+    (tmp_path / "dvc.yaml").write_text("stages:\n  long:\n    cmd: touch began; sleep 30; touch out\n    outs: [out]\n")
     monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_job_ends_with_a_word(bare):
+    """As often as being hung up on could have come before it: the exit status would be of no use."""
+    assert jobs.Job({}).close()  # never started
     for _ in range(3):
         job = jobs.Job({})
-        assert job.unchanged([])
+        assert not job.unchanged(["dvc.yaml:long"])
         assert job.close()
         assert job.process is not None and job.process.poll() is not None
-    assert jobs.Job({}).close()  # never started
+
+
+def test_a_job_that_fails_to_record_or_died_says_no(bare, monkeypatch):
+    script = "import sys\nfrom longtail.workflow import jobs\ndef close(self): raise OSError('full')\n"
+    script += "jobs.Stages.close = close\njobs.serve(jobs.Connection(int(sys.argv[-1])))\n"
+    (bare / "full.py").write_text(script)
+    started = subprocess.Popen
+    with monkeypatch.context() as patched:
+        patched.setattr(subprocess, "Popen", lambda command, **given: started(
+            [command[0], str(bare / "full.py"), command[-1]], **given
+        ))  # fmt: skip
+        job = jobs.Job({})
+        assert not job.unchanged(["dvc.yaml:long"])
+        assert not job.close()
     job = jobs.Job({})
-    assert job.unchanged([])
-    job.process.kill()
+    assert not job.unchanged(["dvc.yaml:nothing"])  # an exception there, and its process ends
     assert not job.close()
+    job = jobs.Job({})
+    assert not job.unchanged(["dvc.yaml:long"])
+    job.process.kill()
+    job.process.wait()
+    assert not job.close()
+
+
+@pytest.mark.parametrize("how", ["a signal to the job", "Ctrl-C here"])
+def test_a_stage_that_is_broken_off_is_not_done_and_ends(bare, how, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    def interrupt():
+        while not (bare / "began").exists() and time.monotonic() < began + 20:
+            time.sleep(0.02)
+        os.kill(os.getpid() if how == "Ctrl-C here" else job.process.pid, signal.SIGTERM)
+
+    job, began = jobs.Job({}), time.monotonic()
+    before = signal.signal(signal.SIGTERM, stopped)
+    try:
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt) if how == "Ctrl-C here" else nullcontext():
+            assert not job.run(["dvc.yaml:long"])
+        assert not job.close()  # at once: a question was left open, or there is nobody any more
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert time.monotonic() - began < 25 and not (bare / "out").exists()
 
 
 def test_data_that_are_there_are_left_alone_and_a_failure_is_told(asked, monkeypatch, capsys):

@@ -30,6 +30,7 @@ REFIT = ["crt", "lws"]
 TUNE = "tune"  # the recipe of fine-tuning
 SEEDS = [1, 2, 3]
 SMALL = 2000  # training images below which the recipe has small batches
+OF_IMAGES = "--broken is of images; these are features"
 CELL_S = 8.0  # of a cell beside its steps: start, logits, corrections, measures; processor time of 24 small cells
 
 
@@ -82,10 +83,12 @@ def new(where: str, chosen: Chosen, *, params_file: Path = Path("params.yaml")) 
             raise ValueError(f"sources.{name} is in params.yaml with other data; give this one a --name")
         asked = {"features": chosen.features and _whole(chosen.features), "size": chosen.size, "broken": chosen.broken,
                  "duplicates": chosen.duplicates, "test_per_class": chosen.test_per_class}  # fmt: skip
+        if chosen.broken and there["reader"] == schema.EMBEDDINGS:
+            raise ValueError(OF_IMAGES)
         for key, value in asked.items():
             if value is not None and value != there.get(key):
                 known_as = f"sources.{name}.{key} is {there.get(key)!r} in params.yaml"
-                raise ValueError(f"{known_as}, not {value!r}; give this one a --name")
+                raise ValueError(f"{known_as}, not {value!r}; change it there, or give this one a --name")
         sha256 = _again(there)
         changed = params_file.read_text().replace(there["sha256"], sha256)
         known = [f"sources.{name}: " + ("as it was" if sha256 == there["sha256"] else "samples changed: new sha256")]
@@ -97,6 +100,8 @@ def new(where: str, chosen: Chosen, *, params_file: Path = Path("params.yaml")) 
         changed = params_file.read_text()
         at = listing.place(path)
         table = chosen.features is not None or (at.suffix in listing.TABLES and "path" not in listing.table(at))
+        if chosen.broken and table:
+            raise ValueError(OF_IMAGES)
         found = _embeddings(name, path, chosen) if table else _images(name, path, chosen)
     if chosen.tune and found.backbone is None:
         raise ValueError("--tune: these are features; a backbone is fine-tuned on images")

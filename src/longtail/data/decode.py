@@ -76,11 +76,11 @@ def eight_bit(image: Image.Image, mode: str, kind: str | None) -> Image.Image:
     """An image in 8-bit grey or RGB (`mode`). Raises BrokenError for numbers whose range is not known.
 
     Args:
-        kind: Pillow's name of the file's format. Mode `I` is 16 bits in PNG and PGM, 32 in TIFF; what the range is
-            must not hang on how bright the image happens to be.
+        kind: Pillow's name of the file's format. Mode `I` is 16 bits in PNG and PGM, and 32 or signed in TIFF: what the
+            range is must not hang on how bright the image happens to be.
     """
     if image.mode == "F" or (image.mode == "I" and kind not in ("PNG", "PPM")):
-        what = "floating-point pixels" if image.mode == "F" else "whole numbers of 32 bits"
+        what = "floating-point pixels" if image.mode == "F" else "whole numbers of 32 bits, or signed ones"
         raise BrokenError(f"{what}, whose range is not known; write 8 or 16 bits")
     if image.mode.startswith("I"):
         values = (np.asarray(image).astype(np.int64) + 128) // 257  # 65535 is 255

@@ -15,7 +15,10 @@ import pyarrow.parquet
 SPLITS = ("train", "test")
 TABLES = (".csv", ".parquet")
 COLUMNS = ("label", "group", "split")
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm", ".pnm")  # missed if loose
+NO_IMAGES = (  # what may lie beside class folders; anything else there might be meant as an image
+    ".csv", ".tsv", ".txt", ".md", ".rst", ".json", ".jsonl", ".yaml", ".yml", ".xml", ".html", ".pdf", ".db", ".ini",
+    ".log", ".py", ".sh", ".parquet", ".npy", ".npz", ".zip", ".tar", ".gz", ".tgz", "readme", "license",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,8 @@ class Row:
 def read(path: str | Path) -> tuple[Place, list[Row]]:
     """The folder that places are relative to, and the rows, sorted by place.
 
-    A folder has a folder for each class; or `train` and `test`, and those in each. Hidden files are left out. A table
+    A folder has a folder for each class; or `train` and `test`, and those in each. Hidden files are left out, and
+    tables, texts and archives beside class folders; any other file there is an error. A table
     has the columns `path` and `label`, and may have `group` and `split` (train or test).
 
     Raises ValueError, naming the place, for anything else, and FileNotFoundError for a path that is not there.
@@ -203,7 +207,7 @@ def _text(value: Any, path: Place, number: int, column: str) -> str:
 
 def _folder(path: Place) -> list[Row]:
     names = files_under(path)
-    if loose := [name for name in names if "/" not in name and name.lower().endswith(IMAGES)]:
+    if loose := [name for name in names if "/" not in name and not name.lower().endswith(NO_IMAGES)]:
         raise ValueError(f"{path}: {loose[0]} is in no class folder; expected <class>/{loose[0]}")
     names = [name for name in names if "/" in name]
     inner = sorted({name.split("/")[0] for name in names})
@@ -214,7 +218,7 @@ def _folder(path: Place) -> list[Row]:
     for name in names:
         parts = name.split("/")
         if split and len(parts) == 2:
-            if name.lower().endswith(IMAGES):
+            if not name.lower().endswith(NO_IMAGES):
                 raise ValueError(f"{path}: {name} is in no class folder; expected {parts[0]}/<class>/{parts[1]}")
         elif split:
             found.append(Row(name, parts[1], None, parts[0]))

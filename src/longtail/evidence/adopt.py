@@ -33,6 +33,7 @@ from longtail.workflow.locks import MAKERS, STAGE_NAME, STAGES
 
 ADOPTED = ("stage", "was", "now", "code", "how")  # columns of adopted.csv
 STEPS = 5
+PROBE = "src/longtail/evidence/probe.py"
 WAIT_S = 1.0  # between two looks at whether another DVC has ended
 EMULATED = ", emulated"  # what longtail.evidence.probe says of a precision that the processor does not do
 PORTABLE = "stages/portable.py"  # runs a script of `argv`, on fewer instructions
@@ -87,11 +88,11 @@ def adopt(root: Path, params: Mapping[str, Any], plans: Sequence[str], only: str
             try:
                 commit = commit_of(root, one.changed)
                 if commit not in old:
+                    if not git(root, "show", f"{commit}:{PROBE}"):
+                        raise ValueError(f"{commit[:10]} is from before this way to look at code; run it again")
                     tree = checkout(root, commit, scratch / commit)
                     # both are looked at by the probe that there is: what it leaves out it leaves out of both
-                    if not (look := tree / "src/longtail/evidence/probe.py").is_file():
-                        raise ValueError(f"{commit[:10]} is from before this way to look at code; run it again")
-                    look.write_bytes(Path(probe.__file__).read_bytes())
+                    (tree / PROBE).write_bytes(Path(probe.__file__).read_bytes())
                     old[commit] = stack.enter_context(worker(tree))
                 trouble = compare(root, one, old[commit], here, scratch, steps)
                 if not trouble:

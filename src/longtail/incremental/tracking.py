@@ -41,6 +41,8 @@ def sync(root: Path, plans: Mapping[str, Any]) -> tuple[dict[str, int], list[str
                 continue
             finished.append((cell, entries))
     counts = dict.fromkeys(("created", "unchanged", "superseded"), 0)
+    if not finished and not any(name.startswith(f"{chains.STAGES[-1]}-") for name in locked):
+        return counts, notes  # no store is made for nothing
     with open_store(root) as store:
         runs = store.runs()
         parents = {plan: _plan_run(store, runs, root, plan) for plan in {cell.plan for cell, _ in finished}}

@@ -82,9 +82,6 @@ def table(found: Sequence[Row], published: Sequence[Published], names: Mapping[s
     for (recipe, method, line), by_distribution in by_line.items():
         cells = [names[method], recipe, line]
         for distribution in distributions:
-            if distribution not in by_distribution:  # measured before or after the others
-                cells.append("-")
-                continue
             row = by_distribution[distribution]
             text = spread(row.mean, row.sd)
             correction = IN_PUBLISHED.get((row.correction, row.column), "")

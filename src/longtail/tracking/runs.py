@@ -98,7 +98,8 @@ class Store:
 def location(root: Path) -> tuple[str, Path | None]:
     """The tracking URI, and for a SQLite one its file: MLFLOW_TRACKING_URI, else mlflow.db in `root`."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(root / 'mlflow.db').as_posix()}"
-    return uri, Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:///") else None
+    file = uri.removeprefix("sqlite:///").partition("?")[0]
+    return uri, Path(file).absolute() if uri.startswith("sqlite:///") else None
 
 
 @contextmanager
@@ -147,6 +148,7 @@ def open_store(root: Path) -> Iterator[Store]:
             said = one_line(getattr(error, "orig", None) or error)
             what = (
                 "another program writes to it: end that (`mlflow ui`? a copy?), then track again" if "locked" in said
+                else "let yourself write there" if "readonly" in said
                 else "move it away, and `longtail track` makes another one out of the results" if database
                 else "is the server there, and the password right?"
             )  # fmt: skip

@@ -42,6 +42,7 @@ class Job:
         self.environment = dict(environment)
         self.bar = bar
         self.process: subprocess.Popen | None = None
+        self.asking = False  # a question that was broken off has an answer on its way, and nothing else may be asked
         self.connection: Connection
 
     def run(self, addresses: Sequence[str]) -> bool:
@@ -62,21 +63,23 @@ class Job:
                 self.process = subprocess.Popen(command, env=env, pass_fds=[other.fileno()], text=True, **out)  # type: ignore[call-overload]
                 if self.bar is not None:
                     self.bar.follow(self.process.stdout)  # type: ignore[arg-type]
+        self.asking = True
         try:
             self.connection.send((what, list(addresses)))
-            return bool(self.connection.recv())
+            answer = bool(self.connection.recv())
         except (EOFError, OSError):  # it died
-            return False
+            answer = False
+        self.asking = False
+        return answer
 
     def close(self) -> bool:
-        """Have it write what it has not yet, and end; False when it could not, and has said why."""
+        """Have it write what it has not yet, and end; False when it could not, and has said why.
+
+        In the middle of a question, after Ctrl-C, it is hung up on: then its stage ends as well.
+        """
         if self.process is None:
             return True
-        done = False
-        if self.process.poll() is None:
-            with suppress(EOFError, OSError):  # it dies
-                self.connection.send((END, []))
-                done = bool(self.connection.recv())
+        done = not self.asking and self.process.poll() is None and self._ask(END, [])
         self.connection.close()
         self.process.wait()
         return done
@@ -87,10 +90,11 @@ def serve(connection: Connection) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what has run is recorded
     stages = Stages()
     threading.Thread(target=end_with, args=[connection.fileno()], daemon=True).start()
+    asked_to_end = False
     try:
         while True:
             what, addresses = connection.recv()
-            if what == END:
+            if asked_to_end := what == END:
                 break
             connection.send(getattr(stages, what)(addresses))
     except (EOFError, OSError, KeyboardInterrupt):
@@ -99,8 +103,9 @@ def serve(connection: Connection) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         stages.close()
-        with suppress(OSError):  # an exit status would not do: this process is ended when it is hung up on
-            connection.send(True)
+        if asked_to_end:  # with an exit status it would race the signal at which it ends when it is hung up on
+            with suppress(OSError):
+                connection.send(True)
 
 
 def end_with(connection: int) -> None:

@@ -297,13 +297,13 @@ def without_layout(path: Path) -> str:
     if path.suffix not in (".cpp", ".h", ".cu"):
         return hashlib.sha256(content).hexdigest()
     text, directive = [], False
-    if own := re.search(rb'^[ \t]*#[ \t]*include[ \t]*"([^"]*)"', content, re.MULTILINE):
-        raise ValueError(f"{path}: #include of {own[1].decode()} is not followed; write it into this file")
     for token in CPP_TOKEN.findall(content.decode()):
         if token == "\n":  # ends a directive, and nothing else
             text += ["\n"] if directive else []
             directive = False
         elif token != "\\\n" and not token.startswith(("//", "/*")):
+            if token.startswith('"') and text[-2:] == ["#", "include"]:
+                raise ValueError(f"{path}: #include of {token} is not followed; write it into this file")
             directive = directive or token.startswith("#")
             token = " ".join(token.split()) if token.startswith("#") else token
             text.append(token)
