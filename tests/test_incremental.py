@@ -721,7 +721,7 @@ def test_cells_are_found_by_their_names():
         ),
         (
             {"recipes": {"survey": {"first": {"resolution": {"milestones": [190], "scales": [0.5]}}}}},
-            "later.schedule goes on after the last of 170",
+            "first.resolution goes on after the last of later's 170",
         ),
         ({"readouts": {"energy_aligning": {"reading": "none"}}}, "reading"),
     ],

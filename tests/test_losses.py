@@ -26,7 +26,7 @@ ARGUMENTS = {
     "lade": {"alpha": 0.1, "remine_lambda": 0.1},
     "composed": {  # what it adds has its twins in test_composed.py: teachers and margins have gradients of their own
         "taus": [0.0, 1.0, 2.0], "teach": 0.0, "teach_at": 0.0, "temperature": 1.0, "only_right": True, "focus": 0.5,
-        "consensus": 0.02, "margin": 0.0, "margin_power": 0.25,
+        "consensus": 0.02, "margin": 0.0, "margin_power": 0.25, "recall": 0.0,
     },
 }  # fmt: skip
 VARIANTS = ("released", "paper", "classifier")
@@ -45,6 +45,11 @@ def cross_entropy_twin(logits: list[float], label: int) -> float:
 
 def test_every_loss_of_the_folder_is_tested_here():
     assert set(ARGUMENTS) == set(METHODS)
+
+
+def which(loss, labels_B, weight=1.0):
+    """What a loss is told besides: the weight, and which images they are where it remembers them."""
+    return (weight, torch.arange(len(labels_B))) if loss.remembers else (weight,)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -282,8 +287,8 @@ def test_relabelling_the_classes_changes_nothing(method):
     loss, permuted = (losses.load(method)(counts, **ARGUMENTS[method]) for counts in (COUNTS_C, COUNTS_C[order]))
     for step in range(3):
         logits_EBC, labels_B = case(experts=loss.experts, seed=step)
-        a = loss(logits_EBC, labels_B)
-        b = permuted(logits_EBC[:, :, order], order.argsort()[labels_B])
+        a = loss(logits_EBC, labels_B, *which(loss, labels_B))
+        b = permuted(logits_EBC[:, :, order], order.argsort()[labels_B], *which(loss, labels_B))
         torch.testing.assert_close(a, b)
         loss.after_step()
         permuted.after_step()
@@ -300,8 +305,9 @@ def test_extremes_stay_finite(method, changes, size):
     logits_EBC = torch.zeros(loss.experts, 4, len(counts_C))
     logits_EBC[:, :, 5] = size
     logits_EBC.requires_grad_()
+    labels_B = torch.tensor([0, 5, 9_999, 17])
     for _ in range(3):
-        value = loss(logits_EBC, torch.tensor([0, 5, 9_999, 17]))
+        value = loss(logits_EBC, labels_B, *which(loss, labels_B))
         (gradient,) = torch.autograd.grad(value, logits_EBC)
         loss.after_step()
         assert value.isfinite() and gradient.isfinite().all()
@@ -311,7 +317,8 @@ def test_extremes_stay_finite(method, changes, size):
 def test_weight_scales_the_loss(method):
     loss = losses.load(method)(COUNTS_C, **ARGUMENTS[method])
     logits_EBC, labels_B = case(experts=loss.experts)
-    torch.testing.assert_close(loss(logits_EBC, labels_B, 0.25), 0.25 * loss(logits_EBC, labels_B))
+    whole, quarter = (loss(logits_EBC, labels_B, *which(loss, labels_B, weight)) for weight in (1.0, 0.25))
+    torch.testing.assert_close(quarter, 0.25 * whole)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
