@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -110,6 +111,12 @@ def run(command: str, folder: Path) -> str:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def test_every_plan_is_in_the_list_of_plans():
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    page = (ROOT / "docs/reference.md").read_text(encoding="utf-8")
+    assert not [plan for plan in (*params["plans"], *params["incremental"]["plans"]) if f"`{plan}`" not in page]
 
 
 def test_the_hashed_requirements_are_the_constraints():

@@ -427,6 +427,23 @@ def test_a_store_that_cannot_be_used_is_one_line(
     del keep
 
 
+def test_a_database_that_may_not_be_written_to_is_not_to_be_moved_away(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Path) -> None:
+        raise sqlite3.OperationalError("attempt to write a readonly database")
+
+    monkeypatch.setattr(tracking, "_usable", refuse)
+    with pytest.raises(TrackingError, match=r"readonly database\): let yourself write there$"):
+        sync(root)
+
+
+def test_a_database_s_file_is_known_whatever_is_asked_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for query in ("", "?timeout=60"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/x.db{query}")
+        assert tracking.location(tmp_path)[1] == tmp_path / "x.db"
+
+
 def test_a_folder_as_store_is_told_what_to_do(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", str(root / "runs_of_mine"))
     with pytest.raises(TrackingError, match=r"runs_of_mine is a folder.*unset.*MLFLOW_ALLOW_FILE_STORE=true"):
