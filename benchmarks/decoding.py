@@ -1,6 +1,8 @@
 """Image files to squares of 224 pixels: ours against a bare decoder, and against a DataLoader on Pillow images.
 
-python -m benchmarks.decoding            # two minutes; writes benchmarks/results/decoding.md
+And what a training on them takes beside the bare steps of its network, ResNet-50.
+
+python -m benchmarks.decoding            # six minutes; writes benchmarks/results/decoding.md
 python -m benchmarks.decoding --quick    # seconds; prints only
 
 Files are generated, smooth with noise, of the sizes that ImageNet and iNaturalist have, and are in the system's memory.
@@ -23,11 +25,15 @@ from torchvision import transforms
 from torchvision.io import decode_jpeg
 
 from benchmarks.harness import Report, Setting, Worker, alternate, flags, machine_line, ratio
+from longtail.data import batches
 from longtail.data.large import feed
-from longtail.data.large.pixels import Square
+from longtail.data.large.pixels import Smaller, Square, smaller
 from longtail.data.large.store import Piece, Store
+from longtail.streaming import sets, train
+from longtail.training import cell, engine, inference
 
 SIDE, BATCH, PROCESSES = 224, 64, 2
+LOOP = {"architecture": "resnet50", "images": 48, "batch": 16}
 SIZES = {"500 x 375, as ImageNet": (500, 375), "800 x 600, as iNaturalist": (800, 600)}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -85,15 +91,75 @@ class Streams:
         return self._steady(iter(loader))
 
     def ours(self) -> float:
-        """The rate of `feed.chunks`."""
-        parts = [self.pieces[first : first + BATCH] for first in range(0, len(self.pieces), BATCH)]
-        return self._steady(feed.chunks(self.store, parts, self.how))
+        """The rate of a reader."""
+        parts = [
+            feed.Wanted(self.pieces[first : first + BATCH], self.how) for first in range(0, len(self.pieces), BATCH)
+        ]
+        with feed.Reader(self.store, BATCH * SIDE**2 * 3) as reader:
+            return self._steady(reader.read(parts))
 
     def _steady(self, stream: Any) -> float:
         ready = 2 * PROCESSES * 3  # batches that may have been made before the clock starts
         for _ in range(ready):
             next(stream)
         return rate(len(self.paths) - ready * BATCH, lambda: [*stream])
+
+
+def loop(folder: Path, *, turns: int, architecture: str, images: int, batch: int) -> list[list[float]]:
+    """Seconds a step, each turn: of the network alone on a batch that lies ready, and of epochs from files."""
+    device = torch.device("cpu")
+    store = Store("x", str(folder))
+    pieces = [Piece(path.name, 0, path.stat().st_size) for path in sorted((folder / "x").iterdir())][:images]
+    stream = sets.Stream(
+        np.array([str(c) for c in range(1000)]), {"train": np.arange(images) % 1000}, {"train": pieces}, store,
+        Square(SIDE, 0.875, False, False), {},
+    )  # fmt: skip
+    recipe: dict[str, Any] = {
+        "batch_size": batch, "drop_last": True, "accumulate": 1, "weight_average": 0.0, "sync_batch_norm": False,
+        "optimizer": {
+            "lr": 0.01, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "muon_lr": 0, "muon_weight_decay": 0,
+        },
+        "schedule": {"warmup_epochs": 0, "shape": "cosine", "milestones": [], "factors": []},
+        "augmentation": {
+            "crop_padding": 0, "flip": True, "policy": "none", "color_jitter": [0.4, 0.4, 0.4, 0], "rotation": 0,
+            "cutout": 0,
+        },
+        "resolution": {"milestones": [], "scales": []}, "mixup_alpha": 0.3, "cutmix_alpha": 0, "precision": "bf16",
+    }  # fmt: skip
+    inference.set_up(0)
+    with train.reading(stream, device) as splits:
+        network, loss = cell.build(
+            splits["train"], "ce", {}, network={"architecture": architecture, "head": "linear", "scale": 1.0},
+            normalization={"mean": [*MEAN], "std": [*STD]},
+        )  # fmt: skip
+        window = {"scale": [0.08, 1.0], "ratio": [0.75, 1.3333333]}
+        foreseen = train.announced(loss, splits["train"], stream, {**recipe, "window": window}, 0)
+        training = engine.Training(network, foreseen, splits["train"], seed=0, epochs=100, **recipe)
+        steps, ready = images // batch, list[batches.Batch]()
+
+        def epoch() -> float:
+            start = perf_counter()
+            training.finish_epoch(lambda: None)
+            took = perf_counter() - start
+            training.next_epoch()
+            return took / steps
+
+        def bare() -> float:
+            start = perf_counter()
+            for _ in range(steps):
+                training.step(ready[0])
+            return (perf_counter() - start) / steps
+
+        step = training.step
+
+        def keep(one: batches.Batch) -> None:
+            ready[:] = [one]
+            step(one)
+
+        training.step = keep  # type: ignore[method-assign, assignment]
+        epoch()  # workers start, memory is had
+        training.step = step  # type: ignore[method-assign]
+        return alternate(turns, bare, epoch)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -114,12 +180,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             store = Store("x", folder)
             pieces = [Piece(path.name, 0, path.stat().st_size) for path in paths]
             contents = [torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8) for path in paths]
+            kept = Path(folder) / "kept"  # as `stored: 256` has them
+            kept.mkdir()
+            for path in paths:
+                (kept / path.name).write_bytes(smaller(path.read_bytes(), Smaller(256, False, False))[0])
             for draft in (False, True) if min(width, height) * 0.875 >= 2 * SIDE else (False,):
                 how = Square(SIDE, 0.875, False, draft)
                 bare, ours = alternate(
                     turns,
                     lambda contents=contents: rate(len(contents), lambda: [decode_jpeg(one) for one in contents]),  # type: ignore[misc]
-                    lambda s=store, p=pieces, h=how: rate(len(p), lambda: feed.read(s, p, h)),  # type: ignore[misc]
+                    lambda s=store, p=pieces, h=how: rate(len(p), lambda: feed.read(s, feed.Wanted(p, h))),  # type: ignore[misc]
                 )
                 label = f"{name}{', draft' if draft else ''}"
                 alone.append((label, f"{median(bare):,.0f}", f"{median(ours):,.0f}", f"{ratio(ours, bare):.2f}"))
@@ -127,6 +197,23 @@ def main(argv: Sequence[str] | None = None) -> None:
                 streams = Streams((paths * many)[: batches * BATCH], store, (pieces * many)[: batches * BATCH], how)
                 usual, fed = alternate(1 if args.quick else 2, streams.usual, streams.ours)
                 together.append((label, f"{median(usual):,.0f}", f"{median(fed):,.0f}", f"{ratio(fed, usual):.2f}"))
+            less = [torch.frombuffer(bytearray((kept / path.name).read_bytes()), dtype=torch.uint8) for path in paths]
+            of_kept = [Piece(path.name, 0, (kept / path.name).stat().st_size) for path in paths]
+            where, how = Store("kept", folder), Square(SIDE, 0.875, False, False)
+            bare, ours = alternate(
+                turns,
+                lambda contents=less: rate(len(contents), lambda: [decode_jpeg(one) for one in contents]),  # type: ignore[misc]
+                lambda s=where, p=of_kept, h=how: rate(len(p), lambda: feed.read(s, feed.Wanted(p, h))),  # type: ignore[misc]
+            )
+            label = f"{name}, kept at 256"
+            alone.append((label, f"{median(bare):,.0f}", f"{median(ours):,.0f}", f"{ratio(ours, bare):.2f}"))
+            if name == next(iter(SIZES)):
+                torch.set_num_threads(os.cpu_count() or 1)
+                os.environ["LONGTAIL_WORKERS"] = "1"
+                size = {"architecture": "resnet10", "images": 8, "batch": 4} if args.quick else LOOP
+                steps = loop(Path(folder), turns=1 if args.quick else 5, **size)  # type: ignore[arg-type]
+                torch.set_num_threads(1)
+                os.environ["LONGTAIL_WORKERS"] = str(PROCESSES)
     report = Report()
     report.say(
         "# Decoded images a second", "", machine_line(about), "",
@@ -139,6 +226,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     report.table(("File", "torchvision.io.decode_jpeg", "ours", "Ours / bare"), alone)
     report.say(f"{PROCESSES} worker processes; DataLoader: Pillow, Resize, CenterCrop, ToTensor, Normalize:")
     report.table(("File", "DataLoader with Pillow", "ours", "Ours / DataLoader"), together)
+    alone_s, whole_s = map(median, steps)
+    report.say(
+        f"Training {size['architecture']} on the first of these, random windows, flip, colour jitter and mixup, batch "
+        f"{size['batch']}, bf16, one worker beside {os.cpu_count()} threads: a bare step {alone_s:.2f} s, a step of an "
+        f"epoch from files {whole_s:.2f} s, {100 * (ratio(steps[1], steps[0]) - 1):.1f} % more (median of the turns'; "
+        f"{', '.join(f'{100 * (b / a - 1):.1f}' for a, b in zip(*steps, strict=True))}).",
+    )  # fmt: skip
     if args.results is not None:
         report.write(args.results / "decoding.md")
 

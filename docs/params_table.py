@@ -34,6 +34,7 @@ STEPS = (
     "features",
     "index",
     "indexed_features",
+    "stream",
     "train",
     "refit",
     "fuse",

@@ -397,20 +397,27 @@ def test_workers_give_what_one_process_gives_in_order(here: Path, monkeypatch: p
     large_trees.inaturalist(here)
     arrays = index.make(**settings("inaturalist_2018"))
     store, pieces = index.locate(arrays, "inaturalist_2018")
-    parts = [pieces["train"][first : first + 5] for first in range(0, 54, 5)]
     how = Square(16, 0.875, False, False)
-    alone = list(feed.chunks(store, parts, how))
+    parts = [feed.Wanted(pieces["train"][first : first + 5], how) for first in range(0, 54, 5)]
+
+    def read() -> list[feed.Chunk]:
+        with feed.Reader(store, 1 << 10) as reader:
+            return [*reader.read(parts)]
+
+    alone = read()
     monkeypatch.setenv("LONGTAIL_WORKERS", "2")
-    together = list(feed.chunks(store, parts, how))
+    together = read()
     assert [chunk.kinds for chunk in alone] == [chunk.kinds for chunk in together]
-    assert all(np.array_equal(a.pixels, b.pixels) for a, b in zip(alone, together, strict=True))
+    assert all(torch.equal(a.values, b.values) for a, b in zip(alone, together, strict=True))
     monkeypatch.setenv("LONGTAIL_WORKERS", "1")
-    early = feed.chunks(store, parts, how)
-    next(early)
-    early.close()  # the workers end
+    with feed.Reader(store, 1 << 10) as reader:
+        early = reader.read(parts)
+        next(early)
+        early.close()
+        assert len([*reader.read(parts[:2])]) == 2  # a new reading
     monkeypatch.setenv("LONGTAIL_WORKERS", "many")
     with pytest.raises(ValueError, match="LONGTAIL_WORKERS=many"):
-        next(feed.chunks(store, parts, how))
+        feed.Reader(store, 1)
 
 
 # ------------------------------------------------------------------------------------------------ features

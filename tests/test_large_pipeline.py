@@ -10,6 +10,11 @@ from test_pipeline import Clone
 from longtail.workflow import files
 
 PLANS = {"frozen-imagenet-lt": "imagenet_lt", "frozen-places-lt": "places_lt", "frozen-inaturalist": "inaturalist_2018"}
+TRAINED = {  # plan: recipe, data set, expert method
+    "imagenet-lt": ("imagenet_balpoe", "imagenet_lt", "balpoe_imagenet"),
+    "places-lt": ("places_tune", "places_lt", "balpoe"),
+    "inaturalist": ("inaturalist_balpoe", "inaturalist_2018", "balpoe_inaturalist"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +35,16 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
     for plan in PLANS:
         params["plans"][plan] |= {"methods": ["ce", "balpoe", "crt"], "trained": ["ce", "balpoe"]}
     params["recipes"]["probe"] |= {"epochs": 6, "batch_size": 16}
+    for block in params["streams"].values():
+        block["side"] = 32
+    params["streams"]["places_lt"]["stored"] = 36
+    for plan, (recipe, _, method) in TRAINED.items():
+        params["plans"][plan] |= {"methods": ["ce", method, "crt"], "trained": ["ce", method]}
+        params["recipes"][recipe] |= {"epochs": 8, "batch_size": 16, "precision": "fp32"}
+        params["recipes"][recipe]["optimizer"]["lr"] = 0.05
+    params["recipes"]["places_tune"]["network"]["backbone"] = "small"
+    for recipe in ("imagenet_balpoe", "inaturalist_balpoe"):
+        params["recipes"][recipe]["network"]["architecture"] = "resnet10"
     (clone.root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     return clone
 
@@ -66,3 +81,32 @@ def test_each_goes_to_its_report_and_what_is_wrong_with_a_list_stops_it_first(cl
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
     with pytest.raises(AssertionError, match=r"Places_LT_test\.txt: 20 of its lines end with CRLF"):
         clone.run("dvc", "repro", "-f", "-s", "stages/dvc.yaml:index@places_lt")
+
+
+@pytest.mark.slow
+def test_trainings_on_images_go_to_their_report_and_out_of_the_house(clone: Clone, tmp_path: Path) -> None:
+    text = (clone.root / "params.yaml").read_text().replace("edition: official", "edition: other")
+    (clone.root / "params.yaml").write_text(text)
+    places = clone.root / "data/large/places365/Places_LT_test.txt"
+    places.write_bytes(places.read_bytes().replace(b"\r\n", b"\n"))
+    for plan, (recipe, dataset, method) in TRAINED.items():
+        run(clone, "run", plan, "--jobs", "2")
+        table = (clone.root / f"results/{plan}/table.md").read_text()
+        assert all(name in table for name in ("Cross-entropy", "BalPoE", "cRT"))
+        cells = clone.root / f"results/{plan}/cells/{dataset}/{recipe}"
+        for name in ("ce", method, "crt"):
+            found = files.read_json(cells / name / "1/metrics.json")["last"]
+            assert {"raw", "aligned_on_train", "logit_adjusted", "rebalanced"} <= found.keys()
+        assert files.read_json(cells / "ce/1/metrics.json")["last"]["raw"]["accuracy"] > 0.4  # each class a colour
+        assert f"{plan}: 3 done of 3 cells" in run(clone, "status", plan)
+    run(clone, "track")
+    cell = "imagenet_lt-imagenet_balpoe-balpoe_imagenet-1"
+    run(clone, "export", "imagenet-lt", cell, "--out", str(tmp_path / "network.pt2"))
+    assert (tmp_path / "network.pt2").is_file()
+    with pytest.raises(AssertionError, match="what is served would decode files otherwise"):
+        run(clone, "register", "imagenet-lt", cell, "--name", "x")
+    # another share of the middle decodes anew and trains anew; a changed correction does neither
+    params = clone.root / "params.yaml"
+    params.write_text(params.read_text().replace("strength: 1", "strength: 0.9"))
+    said = clone.run("dvc", "status", "stages/imagenet-lt/dvc.yaml")
+    assert "align-imagenet-lt" in said and "train-imagenet-lt" not in said and "predict-imagenet-lt" not in said

@@ -88,7 +88,13 @@ def test_every_manifest_is_asked_for_and_there(stages):
     asked = {manifest_of(stage) for stage in stages.values()} - manifest.WITHOUT | {"portable"}
     named = set(manifest.starts(ROOT, PARAMS))
     assert asked <= named
-    unused = ("train-", "incremental_train-", "finetune")  # methods and trainings that no plan has
+    unused = (
+        "train-",
+        "incremental_train-",
+        "finetune",
+        "stream_train-",
+        "stream_refit-",
+    )  # methods and trainings that no plan has
     assert {name for name in named - asked if not name.startswith(unused)} == set()
 
 
@@ -102,6 +108,7 @@ def test_every_cell_of_every_plan_has_its_stages_and_there_are_no_others(stages)
         *(f"stages/dvc.yaml:features@{name}" for name in PARAMS["features"]),
         *(f"stages/dvc.yaml:index@{name}" for name in PARAMS["indexes"]),
         *(f"stages/dvc.yaml:indexed_features@{name}" for name in PARAMS["indexed"]),
+        *(f"stages/dvc.yaml:stream@{name}" for name in PARAMS["streams"]),
         *(f"stages/{plan}/dvc.yaml:report-{plan}" for plan in plans),
         *(f"stages/{plan}/dvc.yaml:readings-{plan}" for plan, block in plans.items() if block.get("readings")),
         *(address for plan in plans for cell in cli.cells_of(plan, PARAMS) for address in cli.stages(PARAMS, cell)),

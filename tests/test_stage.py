@@ -136,6 +136,10 @@ def test_a_stage_run_by_hand_says_what_to_do(script):
         "finetune.py": ["data", "plan", "dataset", "recipe", "method", "seed", "model", "history"],
         "finetune_predict.py": ["data", "model", "out"],
         "finetune_refit.py": ["data", "model", "history", "method", "seed", "out", "history_out"],
+        "stream.py": ["index", "stream", "out"],
+        "stream_train.py": ["data", "plan", "dataset", "recipe", "method", "seed", "model", "history"],
+        "stream_predict.py": ["data", "model", "features", "heads", "out"],
+        "stream_refit.py": ["data", "model", "history", "method", "seed", "out", "history_out"],
         "index.py": ["index", "out"],
         "indexed_features.py": ["index", "features", "out"],
     }[script]

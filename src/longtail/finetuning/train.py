@@ -1,5 +1,6 @@
 """One cell of fine-tuning: builds network and loss, has the engine train what is trained, writes the whole network."""
 
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from longtail.training.cell import HISTORY, shown
 from longtail.training.checkpoints import Checkpoint
 from longtail.workflow import files, processes
 
+NOT_OF_THE_ENGINE = ("network", "normalization", "window")  # of a recipe
 PLAIN = {
     "augmentation": {
         "crop_padding": 0, "flip": False, "policy": "none", "color_jitter": [0, 0, 0, 0], "rotation": 0, "cutout": 0,
@@ -125,7 +127,35 @@ def train(
         splits = trunk.passed(whole, splits)
     network = tuned.Trainable(whole, from_trunk=splits["train"].images.dtype == torch.float32)
     slower = Slower(loss, network.pretrained(), recipe["network"]["pretrained_lr"])
-    settings = {key: value for key, value in recipe.items() if key not in ("network", "normalization")}
+    run(
+        cell, fingerprint, network, slower, splits, recipe=recipe, method=method, device=device, model=model,
+        write=lambda fitted: write(whole, fitted, Path(model), history),
+    )  # fmt: skip
+    processes.stop()
+
+
+def run(
+    cell: dict[str, str],
+    fingerprint: str,
+    network: networks.Network,
+    loss: BaseLoss,
+    splits: Mapping[str, batches.Split],
+    *,
+    recipe: dict[str, Any],
+    method: dict[str, Any],
+    device: torch.device,
+    model: str,
+    write: Callable[[engine.Fitted], None],
+) -> None:
+    """Have the engine train a network, go on where a checkpoint says so, and `write` what comes of it.
+
+    Args:
+        splits: train, and held_out and test where they are to be looked at.
+        the others: as those of `train`.
+
+    Raises FloatingPointError, naming the cell, for a loss that is not finite.
+    """
+    settings = {key: value for key, value in recipe.items() if key not in NOT_OF_THE_ENGINE}
     checkpoint = Checkpoint(Path("runs/.checkpoints") / f"{fingerprint}.pt", f"{fingerprint} torch {torch.__version__}")
     first = processes.rank() == 0
     with (
@@ -134,15 +164,15 @@ def train(
     ):
         try:
             fitted = engine.fit(
-                network, slower, splits["train"], splits.get("held_out"), splits.get("test"),
-                seed=seed, checkpoint=checkpoint, on_epoch=on_epoch, **settings,
+                network, loss, splits["train"], splits.get("held_out"), splits.get("test"),
+                seed=int(cell["seed"]), checkpoint=checkpoint, on_epoch=on_epoch, **settings,
             )  # fmt: skip
         except FloatingPointError as error:
             kept = f"; the checkpoint before it is {checkpoint.path}" if checkpoint.load() else ""
             raise FloatingPointError(f"{' '.join(cell.values())}: {error}{kept}") from error
         if first:
             precision = inference.precision_on(device, recipe["precision"])
-            write(whole, fitted, Path(model), history)
+            write(fitted)
             by = provenance.record("train", device, precision=precision, first_epoch=fitted.first_epoch)
             provenance.write(model, [by])
             machine.write(
@@ -150,7 +180,6 @@ def train(
                 images_per_s=len(splits["train"]) * recipe["epochs"] / fitted.seconds,
             )  # fmt: skip
             checkpoint.remove()
-    processes.stop()
 
 
 def write(whole: tuned.Tuned, fitted: engine.Fitted, folder: Path, history: str) -> None:

@@ -43,6 +43,8 @@ METHODS = {
     "screen_10": "+ teach focus cons",
     "screen_11": "+ τ focus cons margin",
     "screen_12": "BalPoE alone",
+    "balpoe_imagenet": "BalPoE (ImageNet's tau)",
+    "balpoe_inaturalist": "BalPoE (iNaturalist's)",
     "balpoe_five": "BalPoE (5 experts)",
     "balpoe_five_recall": "BalPoE (5), recall",
 }

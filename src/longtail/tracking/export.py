@@ -111,7 +111,13 @@ class Trained:
         # how files become images of that size: as the reader of one's own does it; others have no files
         self.reading = {key: source.get(key, value) for key, value in READING.items()}
         data = root / "data" / "long_tail" / f"{dataset}.npz"
-        self.images = files.load_arrays(data, "test_images")["test_images"]
+        self.streamed = dataset in params.get("streams", {})
+        if self.streamed:  # the images are files; longtail.streaming takes a second that no other cell needs
+            from longtail.streaming import predict
+
+            self.images = predict.first(data, CHECKED)
+        else:
+            self.images = files.load_arrays(data, "test_images")["test_images"]
         self.deployed = Deployed(self.network, self.correction, backbone).eval()
 
 
@@ -189,8 +195,14 @@ def register(cell: Trained, root: Path, *, name: str, alias: str, move: bool = F
     Args:
         move: take the alias from the version that has it.
 
-    Raises ValueError where another version has the alias and it is not to be moved; nothing is written then.
+    Raises ValueError where another version has the alias and it is not to be moved, and for images of `streams`;
+    nothing is written then.
     """
+    if cell.streamed:
+        raise ValueError(
+            f"{cell.title}: what is served would decode files otherwise than `streams` do, which show a share of the "
+            "middle; `longtail export` writes the network, for squares as they are shown to it"
+        )
     uri, _ = runs.location(root)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     import mlflow

@@ -168,8 +168,8 @@ def _changed(root: Path, cell: Cell, entries: Mapping[str, Mapping[str, Any]]) -
 
 
 def _data(stages: Mapping[str, Any], dataset: str) -> Mapping[str, Any]:
-    """What the lock has of the stage that made a data set: a cut, or features."""
-    made = (f"{stage}@{dataset}" for stage in ("subsample", "features", "indexed_features"))
+    """What the lock has of the stage that made a data set: a cut, features, or images of an index."""
+    made = (f"{stage}@{dataset}" for stage in ("subsample", "features", "indexed_features", "stream"))
     return next((stages[name] for name in made if name in stages), {})
 
 

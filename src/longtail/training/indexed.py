@@ -129,12 +129,17 @@ def _compute(
 ) -> Iterator[tuple[Path, Sequence[Piece]]]:
     """Each shard of `todo` when it is there; those that are not are computed and written first."""
     missing = {path: part for path, part in todo if not path.is_file()}  # asked once: the stream is of just these
-    parts = [part[first : first + CHUNK] for part in missing.values() for first in range(0, len(part), CHUNK)]
-    decoded = feed.chunks(store, parts, how)
-    for path, part in todo:
-        if path in missing:
-            _shard(path, len(part), made, device, decoded)
-        yield path, part
+    parts = [
+        feed.Wanted(part[first : first + CHUNK], how)
+        for part in missing.values()
+        for first in range(0, len(part), CHUNK)
+    ]
+    with feed.Reader(store, CHUNK * how.side**2 * 3) as reader:
+        decoded = reader.read(parts)
+        for path, part in todo:
+            if path in missing:
+                _shard(path, len(part), made, device, decoded)
+            yield path, part
 
 
 def _shard(
@@ -145,7 +150,7 @@ def _shard(
     while len(kinds) < count:
         chunk = next(decoded)
         with torch.inference_mode():
-            images = torch.from_numpy(chunk.pixels).to(device).permute(0, 3, 1, 2)
+            images = chunk.values.to(device).permute(0, 3, 1, 2)
             values.append(made.features(images).cpu().numpy())
         broken |= {len(kinds) + n: why for n, why in chunk.broken.items()}
         kinds += chunk.kinds

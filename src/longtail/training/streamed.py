@@ -21,6 +21,7 @@ from longtail import networks, posthoc
 from longtail.data import batches
 from longtail.evaluation import distributions, metrics
 from longtail.evaluation.cell import REBALANCED, Evaluated, corrected, pack
+from longtail.networks import own
 from longtail.posthoc.energy import READINGS, equal_energies, sample_weights
 from longtail.posthoc.predictions import FITTED_ON, NETWORKS, product
 from longtail.training import inference, provenance
@@ -109,21 +110,36 @@ class Stored:
 
 def load(model: str | Path, which: str) -> networks.Network:
     """A network of the folder `model`, on the device. Raises ValueError where it is none on features."""
-    network = networks.load(Path(model) / f"{which}.safetensors", inference.find_device())
+    path = Path(model) / f"{which}.safetensors"
+    if own.is_own(path):
+        return own.load(path, inference.find_device())
+    network = networks.load(path, inference.find_device())
     if not networks.of_features(network):
         raise ValueError(f"{model}: its network takes images; logits by blocks are of heads on features")
     return network
 
 
+def features_for(data: str | Path, which: str) -> Path:
+    """The file of the features that a network takes: `data`, or of a folder, where each has its own, the network's."""
+    return Path(data) / f"{which}.npz" if Path(data).is_dir() else Path(data)
+
+
 def predict(data: str, model: str, out: str) -> None:
-    """Write what `inference.predict` writes, but for the logits: of those the first SHOWN of test alone."""
-    arrays = files.load_arrays(data, "class_names", "test_images", *(f"{split}_labels" for split in inference.SPLITS))
+    """Write what `inference.predict` writes, but for the logits: of those the first SHOWN of test alone.
+
+    Args:
+        data: features in place of images, as `features_for` has them.
+    """
     inference.set_up(0)  # nothing is drawn; deterministic algorithms
-    kept: dict[str, np.ndarray] = {name: array for name, array in arrays.items() if name != "test_images"}
-    kept["class_counts"] = np.bincount(arrays["train_labels"], minlength=len(arrays["class_names"]))
+    kept: dict[str, np.ndarray] = {}
     for which, epoch in sorted(files.read_json(Path(model) / "epochs.json").items()):
-        kept[f"{which}_test_logits"] = Logits(load(model, which), arrays["test_images"]).experts(slice(0, SHOWN))
+        wanted = ("class_names", "test_images", *(f"{split}_labels" for split in inference.SPLITS))
+        arrays = files.load_arrays(features_for(data, which), *wanted)
+        features = arrays.pop("test_images")
+        kept |= arrays
+        kept[f"{which}_test_logits"] = Logits(load(model, which), features).experts(slice(0, SHOWN))
         kept[f"{which}_epoch"] = np.array(epoch)
+    kept["class_counts"] = np.bincount(kept["train_labels"], minlength=len(kept["class_names"]))
     made = [*provenance.read(model), provenance.record("predict", inference.find_device(), precision="fp32")]
     kept["provenance"] = np.array(json.dumps(made))
     files.save_arrays(out, **kept)
@@ -132,8 +148,10 @@ def predict(data: str, model: str, out: str) -> None:
 # ------------------------------------------------------------------------------------------------ corrections
 
 
-def fitted_rows(labels: np.ndarray, most: int = FITTED_ROWS) -> np.ndarray:
-    """Rows (n,) ascending, `most` or about so many of (N,) labels: of every class the same, all of those with fewer."""
+def fitted_rows(labels: np.ndarray, most: int | None = None) -> np.ndarray:
+    """Rows (n,) ascending, `most` (FITTED_ROWS) or about so many of (N,) labels: of every class the same, all of those
+    with fewer."""
+    most = FITTED_ROWS if most is None else most
     if len(labels) <= most:
         return np.arange(len(labels))
     counts_C = np.bincount(labels)
@@ -167,14 +185,16 @@ def align(data: str, model: str, **settings: Any) -> dict[str, Any]:
     inference.set_up(0)
     fitted: dict[str, Any] = {}
     epochs = files.read_json(Path(model) / "epochs.json")
-    for split, fitted_on in FITTED_ON.items():
-        arrays = files.load_arrays(data, f"{split}_images", f"{split}_labels")
-        labels = arrays[f"{split}_labels"]
-        if not len(labels):
-            continue
-        rows = fitted_rows(labels)
-        weights, features = weights_of(labels, rows, settings["weights"]), arrays.pop(f"{split}_images")[rows]
-        for network in [name for name in NETWORKS if name in epochs]:
+    for network in [name for name in NETWORKS if name in epochs]:
+        for split, fitted_on in FITTED_ON.items():
+            arrays = files.load_arrays(features_for(data, network), f"{split}_images", f"{split}_labels")
+            labels = arrays[f"{split}_labels"]
+            if not len(labels):
+                continue
+            rows = fitted_rows(labels)
+            weights, features = weights_of(labels, rows, settings["weights"]), arrays.pop(f"{split}_images")
+            if len(features) != len(rows):  # else there are no others
+                features = features[rows]
             logits = Logits(load(model, network), features)
             corrections, classes = fitted.setdefault(network, {}), logits.shape[1]
             with tempfile.TemporaryDirectory() as folder:
@@ -288,7 +308,6 @@ def evaluate(
         predictions, "class_names", "class_counts", "test_labels", "provenance",
         *(f"{name}_epoch" for name in files.read_json(Path(model) / "epochs.json")),
     )  # fmt: skip
-    features = files.load_arrays(data, "test_images")["test_images"]
     corrections = files.read_json(alignment)
     labels_N, counts_C = known["test_labels"], known["class_counts"]
     shots = {"many_above": many_above, "few_below": few_below}
@@ -298,7 +317,7 @@ def evaluate(
         if f"{which}_epoch" not in known:
             continue
         last = which == "last"
-        logits = Logits(load(model, which), features)
+        logits = Logits(load(model, which), files.load_arrays(features_for(data, which), "test_images")["test_images"])
         drawn = Drawn.of(labels_N, counts_C, distribution_ratios if last else None, distribution_draws)
         shifts = _rebalancing(logits, [np.arange(len(labels_N)), *drawn.rows])
         rebalancing = _known(posthoc.PredictionRebalancing(), logits.shape[1], "test")

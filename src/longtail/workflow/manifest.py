@@ -34,8 +34,8 @@ WITHOUT = {"check", "manifests", "show"}
 EXPORTS = {"losses": "Loss", "heads": "refit", "data/sources": "read"}  # what is loaded by a name in params.yaml
 # Scripts with a manifest for each method: the folder of what they load, and the key of its name in the method's block.
 BY_METHOD = {
-    "train": ("losses", "loss"), "finetune": ("losses", "loss"),
-    "refit": ("heads", "refit"), "finetune_refit": ("heads", "refit"),
+    "train": ("losses", "loss"), "finetune": ("losses", "loss"), "stream_train": ("losses", "loss"),
+    "refit": ("heads", "refit"), "finetune_refit": ("heads", "refit"), "stream_refit": ("heads", "refit"),
 }  # fmt: skip
 
 
@@ -50,9 +50,9 @@ class Start:
 def starts(root: Path, params: Mapping[str, Any]) -> dict[str, Start]:
     """{manifest: its start}.
 
-    `train-<method>` and `finetune-<method>` for each method with a loss, `refit-<method>` and `finetune_refit-<method>`
-    for each that refits a head, `incremental_train-<training>` for each training of chains, `download-<source>`, and
-    `<script>` for every other script of stages/.
+    `train-<method>`, `finetune-<method>` and `stream_train-<method>` for each method with a loss, `refit-<method>` and
+    the like for each that refits a head, `incremental_train-<training>` for each training of chains,
+    `download-<source>`, and `<script>` for every other script of stages/.
     """
     found = {}
     for script in sorted((root / "stages").glob("*.py")):

@@ -187,6 +187,21 @@ class TunedNetwork(Network):
     norm_statistics: Literal["frozen", "batch"]
 
 
+class RandomWindow(Block):
+    """The random part of an image that training shows, of images that are read as they are needed."""
+
+    scale: list[Annotated[float, Field(gt=0, le=1)]] = Field(min_length=2, max_length=2)  # of the image's area
+    ratio: list[Positive] = Field(min_length=2, max_length=2)  # width over height
+
+    @model_validator(mode="after")
+    def _ranges(self) -> "RandomWindow":
+        for name in ("scale", "ratio"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name} falls, from {low} to {high}")
+        return self
+
+
 class Recipe(Block):
     epochs: Count
     batch_size: Annotated[int, Field(ge=2, le=2**20)]
@@ -226,6 +241,7 @@ class CifarRecipe(Recipe):
 
 class LargeRecipe(Recipe):
     network: LargeNetwork
+    window: RandomWindow | None = None
 
 
 class TunedRecipe(Recipe):
@@ -233,6 +249,7 @@ class TunedRecipe(Recipe):
 
     network: TunedNetwork
     normalization: None = None  # type: ignore[assignment]
+    window: RandomWindow | None = None
 
     @model_validator(mode="after")
     def _what_the_backbone_decides(self) -> "TunedRecipe":
@@ -277,6 +294,22 @@ class Indexed(Block):
     exif_orientation: bool
     draft: bool
     broken: Literal["refuse", "leave_out"]
+
+
+class Stream(Block):
+    index: Name
+    side: Annotated[int, Field(ge=8, le=4096)]
+    share: Annotated[float, Field(gt=0, le=1)]
+    exif_orientation: bool
+    draft: bool
+    broken: Literal["refuse", "leave_out"]
+    stored: Annotated[int, Field(ge=0, le=8192)]
+
+    @model_validator(mode="after")
+    def _stored_images_are_no_smaller(self) -> "Stream":
+        if self.stored and self.stored < self.side:
+            raise ValueError(f"stored: {self.stored} is below side ({self.side}); 0 keeps no smaller images")
+        return self
 
 
 class Fuse(Block):
@@ -332,7 +365,7 @@ class Fisher(Block):
 SECTIONS = (
     "plans", "sources", "datasets", "backbones", "features", "recipes", "methods", "align", "evaluate", "fisher",
 )  # fmt: skip
-OPTIONAL = ("incremental", "indexes", "indexed")
+OPTIONAL = ("incremental", "indexes", "indexed", "streams")
 
 
 def signature_block(file: Path, function: str) -> type[Block]:
@@ -433,7 +466,9 @@ def validate(value: Any, file: str = "params.yaml") -> None:
         problems.append(f"{key if key.isprintable() else repr(key)}: unknown key; allowed: {allowed}")
     for key in [section for section in SECTIONS if section not in value]:
         problems.append(f"{key}: missing")
-    named: dict[str, type[Block]] = {"plans": Plan, "datasets": Dataset, "features": Features, "indexed": Indexed}
+    named: dict[str, type[Block]] = {
+        "plans": Plan, "datasets": Dataset, "features": Features, "indexed": Indexed, "streams": Stream,
+    }  # fmt: skip
     for section, model in named.items():
         for name, block in _section(value, section, problems).items():
             _validated(model, block, f"{section}.{name}", problems)
@@ -617,7 +652,7 @@ def _check_names(value: dict[str, Any], problems: list[str]) -> None:
         for axis in ("datasets", "recipes", "methods"):
             names = block.get(axis) if isinstance(block, dict) else None
             for name in names if isinstance(names, list) else []:
-                if axis != "datasets" or name not in [*known("features"), *known("indexed")]:
+                if axis != "datasets" or name not in [*known("features"), *known("indexed"), *known("streams")]:
                     check(f"plans.{plan}.{axis}", name, axis)
     methods = value["methods"] if isinstance(value.get("methods"), dict) else {}
     for method, block in methods.items():
@@ -649,6 +684,12 @@ def _check_names(value: dict[str, Any], problems: list[str]) -> None:
         if isinstance(block, dict):
             check(f"indexed.{name}.index", block.get("index"), "indexes")
             check(f"indexed.{name}.backbone", block.get("backbone"), "backbones")
+    for name in known("streams"):
+        block = value["streams"][name]
+        if name in [*known("datasets"), *known("features"), *known("indexed")]:
+            problems.append(f"streams.{name}: another section has that name, too; a plan could mean either")
+        if isinstance(block, dict):
+            check(f"streams.{name}.index", block.get("index"), "indexes")
     for name in known("recipes"):
         if isinstance(value["recipes"][name], dict) and isinstance(value["recipes"][name].get("network"), dict):
             network = value["recipes"][name]["network"]
@@ -671,15 +712,17 @@ def _check_features(value: dict[str, Any], problems: list[str]) -> None:
     if problems:  # the blocks that follow are not what they should be
         return
     for plan, block in value["plans"].items():
-        large = [dataset for dataset in block["datasets"] if dataset in value.get("indexed", ())]
-        if large and large != block["datasets"]:
-            problems.append(
-                f"plans.{plan}.datasets: {large[0]} is of `indexed`, others are not; give it a plan of its own"
-            )
-        if large and block.get("readings"):
-            problems.append(
-                f"plans.{plan}.readings: {large[0]} is of `indexed`, whose logits are not kept to compare on"
-            )
+        for section in ("indexed", "streams"):
+            large = [dataset for dataset in block["datasets"] if dataset in value.get(section, ())]
+            if large and large != block["datasets"]:
+                problems.append(
+                    f"plans.{plan}.datasets: {large[0]} is of `{section}`, others are not; give it a plan of its own"
+                )
+            if large and block.get("readings"):
+                problems.append(
+                    f"plans.{plan}.readings: {large[0]} is of `{section}`, whose logits are not kept to compare on"
+                )
+        _check_stream(value, plan, block, problems)
         for dataset in block["datasets"]:
             for recipe in block["recipes"]:
                 features = "hidden" in value["recipes"][recipe]["network"]
@@ -694,6 +737,24 @@ def _check_features(value: dict[str, Any], problems: list[str]) -> None:
             problems.append(f"plans.{plan}.recipes: {', '.join(tuned)} fine-tune a backbone; all have to, or none")
         if tuned and block.get("fuse"):
             problems.append(f"plans.{plan}.fuse: networks that are fine-tuned cannot be fused; balpoe has experts")
+
+
+def _check_stream(value: dict[str, Any], plan: str, block: dict[str, Any], problems: list[str]) -> None:
+    """Images that are read as they are needed take recipes for large images, and nothing else has random windows."""
+    streams = [dataset for dataset in block["datasets"] if dataset in value.get("streams", ())]
+    for name in block["recipes"]:
+        recipe = value["recipes"][name]
+        if streams and not {"architecture", "backbone"} & recipe["network"].keys():
+            problems.append(
+                f"plans.{plan}: {streams[0]} is of `streams`, and the recipe {name} is for small images or features; "
+                "take one with network.architecture or network.backbone"
+            )
+        if not streams and recipe.get("window"):
+            problems.append(
+                f"plans.{plan}: the recipe {name} has random windows (window), which only images of `streams` have"
+            )
+    if streams and block.get("fuse"):
+        problems.append(f"plans.{plan}.fuse: networks on `streams` cannot be fused; balpoe has experts")
 
 
 def _check_kinds(plan: str, block: dict[str, Any], methods: dict[str, Any], problems: list[str]) -> None:

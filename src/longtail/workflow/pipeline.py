@@ -24,6 +24,7 @@ CELL_FILES = (
 TEMPLATE = "plan.yaml.j2"
 SCRIPTS = {"train": "train", "predict": "predict", "refit": "refit"}  # of a cell's stages that need its network
 TUNED = {"train": "finetune", "predict": "finetune_predict", "refit": "finetune_refit"}  # where that is a backbone
+STREAM = {"train": "stream_train", "predict": "stream_predict", "refit": "stream_refit"}  # where images are files
 INCREMENTAL = "incremental.yaml.j2"
 INCREMENTAL_FILES = ("summary.json", "steps.csv", "groups.csv", "confusion.csv", "energies.csv", "history.csv")
 
@@ -49,16 +50,17 @@ def locks(root: Path) -> list[Path]:
 
 
 def data(dataset: str, params: Mapping[str, Any]) -> str:
-    """The stage that makes a data set of a plan: a cut of a source, features of one, or features of a large one."""
-    makers = {"features": "features", "indexed": "indexed_features"}
+    """The stage that makes a data set of a plan: a cut of a source, features of one, features or images of an index."""
+    makers = {"features": "features", "indexed": "indexed_features", "streams": "stream"}
     maker = next((stage for section, stage in makers.items() if dataset in params.get(section, ())), "subsample")
     return f"{SHARED}:{maker}@{dataset}"
 
 
 def making(dataset: str, params: Mapping[str, Any]) -> list[str]:
     """All stages that a data set of a plan needs, in their order."""
-    if dataset in params.get("indexed", ()):
-        return [f"{SHARED}:index@{params['indexed'][dataset]['index']}", data(dataset, params)]
+    for section in ("indexed", "streams"):
+        if dataset in params.get(section, ()):
+            return [f"{SHARED}:index@{params[section][dataset]['index']}", data(dataset, params)]
     base = params.get("features", {}).get(dataset, {}).get("dataset", dataset)
     source = f"{SHARED}:download@{params['datasets'][base]['source']}"
     return [source, *dict.fromkeys([data(base, params), data(dataset, params)])]
@@ -100,17 +102,20 @@ def text(plan: str, params: Mapping[str, Any]) -> str:
         raise ValueError(f"plans.{plan}.fuse = {fused}: one method at most; another plan takes the next")
     networks = [params["recipes"][recipe]["network"] for recipe in block["recipes"]]
     backbones = sorted({network["backbone"] for network in networks if "backbone" in network})
+    streamed = set(block["datasets"]) & {*params.get("indexed", ()), *params.get("streams", ())}
+    files = bool(set(block["datasets"]) & set(params.get("streams", ())))
     return _render(
         TEMPLATE,
         plan=plan,
-        scripts=TUNED if backbones else SCRIPTS,
+        scripts=STREAM if files else TUNED if backbones else SCRIPTS,
+        files=files,
         backbones=backbones,
         refitted=bool(block.get("refit")),
         fused="".join(fused),
         experts=len(params["methods"][fused[0]]["fuse"]) if fused else 0,
         readings=block.get("readings", False),
         portable=block.get("portable", False),
-        streamed="_streamed" if set(block["datasets"]) & set(params.get("indexed", ())) else "",
+        streamed="_streamed" if streamed else "",
         align=f"plans.{plan}.align" if block.get("align") else "align",
         cell_files=sorted(CELL_FILES),
     )

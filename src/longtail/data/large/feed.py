@@ -1,29 +1,52 @@
-"""Decoding by worker processes: squares of a list of pieces, in order, a bounded number of them at a time."""
+"""Decoding by worker processes: parts of a list of images, in order, a bounded number of them at a time.
 
-import multiprocessing
+A reader is one DataLoader whose workers stay from epoch to epoch; what it is asked for, it makes ahead of its being
+needed. Nothing in a worker is random but what follows from an image's own seed, so that neither the number of workers
+nor which of them does what changes a byte.
+"""
+
 import os
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from itertools import islice
-from typing import NamedTuple
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from longtail.data.decode import BrokenError
-from longtail.data.large.pixels import Square, square
+from longtail.data.large.pixels import CHANNELS, Smaller, Square, Window, smaller, square, window
 from longtail.data.large.store import Piece, Store
 
-AHEAD = 3  # chunks in the making for each worker
+AHEAD = 3  # parts in the making for each worker
+SHARED = Path("/dev/shm")  # where workers leave pixels; containers often have 64 MiB of it
+
+
+class Wanted(NamedTuple):
+    """A part that is asked for: which images, how they are to be decoded, and for each what its draws come from."""
+
+    pieces: Sequence[Piece]
+    how: Square | Window | Smaller
+    seeds: Sequence[tuple[int, ...]] = ()  # of a Window
 
 
 class Chunk(NamedTuple):
-    """Rows, decoded: pixels (n, side, side, 3) uint8, black where a file is broken; what each is; why it is not."""
+    """Rows, decoded: what each is, why it is not, and what has become of them.
 
-    pixels: np.ndarray
+    Attributes:
+        values: (n, side, side, 3) uint8, black where a file is broken; of Smaller, the files' bytes one after another.
+        sizes: of Smaller, the bytes of each; 0 where a file is broken.
+        broken: reasons, by place in the chunk.
+        failed: what stopped the worker, to be raised where the part is used.
+    """
+
+    values: Tensor
+    sizes: list[int]
     kinds: list[str]
-    broken: dict[int, str]  # by place in the chunk
+    broken: dict[int, str]
+    failed: Exception | None = None
 
 
 def workers() -> int:
@@ -34,41 +57,135 @@ def workers() -> int:
     return int(given) if given else os.cpu_count() or 1
 
 
-def read(store: Store, pieces: Sequence[Piece], how: Square) -> Chunk:
-    """Read and decode. A file that is no usable image is named in `broken`; one that is not what the index says raises
-    ValueError."""
-    pixels = np.zeros((len(pieces), how.side, how.side, 3), np.uint8)
-    kinds, broken = [], dict[int, str]()
+def read(store: Store, wanted: Wanted) -> Chunk:
+    """Read and decode. A file that is no usable image is named in `broken`.
+
+    Raises ValueError for one that is not what the index says, OSError for one that is gone.
+    """
+    pieces, how, seeds = wanted
+    side = None if isinstance(how, Smaller) else how.side
+    values = torch.zeros(0 if side is None else (len(pieces), side, side, CHANNELS), dtype=torch.uint8)
+    parts, sizes, kinds, broken = [b""], list[int](), list[str](), dict[int, str]()
     for n, piece in enumerate(pieces):
+        data = store.piece(piece)
         try:
-            found, kind = square(store.piece(piece), how)
-            pixels[n] = found.permute(1, 2, 0).numpy()
+            if isinstance(how, Smaller):
+                made, kind = smaller(data, how)
+                parts.append(made)
+                sizes.append(len(made))
+            elif isinstance(how, Window):
+                pixels, kind = window(data, how, _generator(seeds[n]))
+                values[n] = pixels.permute(1, 2, 0)
+            else:
+                pixels, kind = square(data, how)
+                values[n] = pixels.permute(1, 2, 0)
             kinds.append(kind)
         except BrokenError as error:
             kinds.append("broken")
             broken[n] = str(error)
-    return Chunk(pixels, kinds, broken)
+            if side is None:
+                sizes.append(0)
+    if side is None:
+        values = torch.frombuffer(bytearray(b"".join(parts)) or bytearray(1), dtype=torch.uint8)[: sum(sizes)].clone()
+    return Chunk(values, sizes, kinds, broken)
 
 
-def chunks(store: Store, parts: Sequence[Sequence[Piece]], how: Square) -> Iterator[Chunk]:
-    """Each part read, in their order; at most AHEAD parts a worker are in memory or in the making.
+def _generator(place: tuple[int, ...]) -> np.random.Generator:
+    """Of an image's draws: seed, stream, and where in it."""
+    return np.random.default_rng(np.random.SeedSequence(place[0], spawn_key=place[1:]))
 
-    Workers end with the iterator, also where it is left early.
-    """
-    if not (count := workers()):
-        yield from (read(store, part, how) for part in parts)
-        return
-    # not forked: this process has threads; a worker computes with one
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        waiting, later = deque[Future[Chunk]](), iter(parts)
+
+class Files(Dataset[Chunk]):
+    """What a worker has of a data set: where it lies. What is asked of it is a part."""
+
+    def __init__(self, store: Store):
+        self.store = store
+
+    def __getitem__(self, wanted: Wanted) -> Chunk:
         try:
-            for part in islice(later, AHEAD * count):
-                waiting.append(pool.submit(read, store, part, how))
-            while waiting:
-                chunk = waiting.popleft().result()
-                for part in islice(later, 1):
-                    waiting.append(pool.submit(read, store, part, how))
-                yield chunk
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            return read(self.store, wanted)
+        except (OSError, ValueError) as error:
+            return Chunk(torch.zeros(0, dtype=torch.uint8), [], [], {}, error)
+
+
+class Agenda(Sampler[Any]):
+    """What is to be read next; the reader sets it."""
+
+    def __init__(self) -> None:
+        self.parts: Iterable[Wanted] = ()
+
+    def __iter__(self) -> Iterator[Wanted]:
+        return iter(self.parts)
+
+
+def as_it_is(chunk: Any) -> Any:
+    """What a worker does with a part before it sends it: nothing."""
+    return chunk
+
+
+class Reader:
+    """Worker processes for a data set, which live until it is closed. One reading at a time: a new one ends the last.
+
+    Args:
+        store: where the images are.
+        part_bytes: of the largest part that will be asked for.
+        pinned: hand over pages that a GPU can copy from while it computes.
+
+    Raises ValueError where /dev/shm has no room for what the workers make.
+    """
+
+    def __init__(self, store: Store, part_bytes: int, *, pinned: bool = False):
+        self.agenda, self.count = Agenda(), workers()
+        settings: dict[str, Any] = {}
+        if self.count:
+            # not forked: this process has threads
+            settings = {
+                "num_workers": self.count, "persistent_workers": True, "multiprocessing_context": "spawn",
+                "prefetch_factor": ahead(self.count, part_bytes),
+            }  # fmt: skip
+        self.loader: DataLoader[Chunk] | None = DataLoader(
+            Files(store), batch_size=None, sampler=self.agenda, collate_fn=as_it_is, pin_memory=pinned,
+            generator=torch.Generator(), **settings,
+        )  # fmt: skip
+
+    def read(self, parts: Iterable[Wanted]) -> Iterator[Chunk]:
+        """The parts, in their order; `parts` is gone through as there is room ahead.
+
+        Raises what `read` raises, where the part's turn comes.
+        """
+        assert self.loader is not None
+        self.agenda.parts = parts
+        for chunk in self.loader:
+            if chunk.failed is not None:
+                raise chunk.failed
+            yield chunk
+
+    def close(self) -> None:
+        """End the workers."""
+        running: Any = None if self.loader is None else self.loader._iterator
+        if running is not None and self.count:
+            running._shutdown_workers()  # now, and not when somebody collects what is left of it
+        self.loader = None
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def ahead(count: int, part_bytes: int) -> int:
+    """How many parts each of `count` workers may have made before they are used: AHEAD, or what half of /dev/shm holds.
+
+    Raises ValueError where that is none.
+    """
+    if not SHARED.is_dir():
+        return AHEAD
+    free = shutil.disk_usage(SHARED).free
+    found = min(AHEAD, int(free / 2 / (count * part_bytes)))
+    if found < 1:
+        raise ValueError(
+            f"{SHARED} has {free >> 20} MiB free, too little for {count} workers that decode {part_bytes >> 20} MiB at "
+            "a time: LONGTAIL_WORKERS takes fewer, `docker run --shm-size` or `--ipc=host` gives more"
+        )
+    return found

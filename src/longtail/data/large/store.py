@@ -9,6 +9,7 @@ import fsspec
 
 LARGE = "LONGTAIL_LARGE"  # the folder, or URL, of all large data sets
 DEFAULT = "data/large"
+MANY = (".tar", ".images")  # files with many images in them
 
 
 class Piece(NamedTuple):
@@ -54,7 +55,7 @@ class Store:
                 data = os.pread(file.fileno(), piece.size + 1, piece.offset)
         else:
             data = self.files.cat_file(self.at(piece.file), start=piece.offset, end=piece.offset + piece.size + 1)
-        whole = piece.offset == 0 and not piece.file.endswith(".tar")
+        whole = piece.offset == 0 and not piece.file.endswith(MANY)
         if len(data) < piece.size or (whole and len(data) != piece.size):
             raise ValueError(f"{self.at(piece.file)}: no longer the {piece.size:,} bytes that the index was made of")
         return bytes(data[: piece.size])

@@ -1,0 +1,82 @@
+"""A small training on images that are files, as a program of its own, for tests that kill it or have two processes.
+
+    python small_stream.py '{"step": 5}'
+
+Works in the current folder, which has data.npz, a stream. `step` (from 1) is where it kills itself: in the middle of
+that step of all. A checkpoint is written after every step. What each process saw lies in seen-<rank>.npz.
+"""
+
+import json
+import os
+import signal
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+
+from longtail.streaming import train
+from longtail.training import engine
+from longtail.training.checkpoints import Checkpoint
+from longtail.workflow import processes
+
+RECIPE: dict[str, Any] = {
+    "epochs": 2, "batch_size": 16, "drop_last": False, "accumulate": 1,
+    "optimizer": {
+        "lr": 0.02, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "muon_lr": 0, "muon_weight_decay": 0,
+    },
+    "schedule": {"warmup_epochs": 0, "shape": "cosine", "milestones": [], "factors": []},
+    "weight_average": 0, "sync_batch_norm": False,
+    "augmentation": {
+        "crop_padding": 0, "flip": True, "policy": "none", "color_jitter": [0.4, 0.4, 0.4, 0], "rotation": 0,
+        "cutout": 0,
+    },
+    "window": {"scale": [0.08, 1.0], "ratio": [0.75, 1.3333333]},
+    "resolution": {"milestones": [], "scales": []}, "mixup_alpha": 0.3, "cutmix_alpha": 0, "precision": "fp32",
+    "normalization": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
+    "network": {"architecture": "resnet10", "head": "cosine", "scale": 30.0},
+    "test_every": 1,
+}  # fmt: skip
+CELL = {"plan": "p", "dataset": "d", "recipe": "r", "method": "balpoe", "seed": "1"}
+BACKBONE = {"library": "timm", "network": "test_efficientnet", "weights": "none", "resolution": 32}
+TUNED = {
+    "backbone": "small", "trained_groups": 1, "pretrained_lr": 0.1, "norm_statistics": "frozen", "head": "cosine",
+    "scale": 30.0,
+}  # fmt: skip
+
+
+def run(backbone: dict[str, Any] | None = None, **changes: Any) -> None:
+    """Train in the current folder."""
+    train.train(
+        CELL, "f" * 16, data="data.npz", recipe=RECIPE | changes, method={"taus": [0.0, 2.0]}, backbone=backbone,
+        model="model", history="history.csv",
+    )  # fmt: skip
+
+
+def main(options: dict[str, Any]) -> None:
+    """Train, seeing to it that every step leaves a checkpoint, and die where it is asked for."""
+    steps, dies, seen = 0, options.pop("step", 0), []
+    original, due = engine.Training.step, Checkpoint.due
+
+    def step(training: engine.Training, batch: Any) -> None:
+        nonlocal steps
+        steps += 1
+        original(training, batch)
+        seen.append((batch.images.numpy(), batch.places.numpy()))
+        if steps == dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    engine.Training.step = step  # type: ignore[method-assign]
+    Checkpoint.due = lambda self: self.path is not None  # type: ignore[method-assign]
+    torch.set_num_threads(1)
+    rank = int(os.environ.get("RANK", "0"))
+    run(**options)
+    Checkpoint.due = due  # type: ignore[method-assign]
+    arrays = {f"images_{n}": images for n, (images, _) in enumerate(seen)}
+    arrays |= {f"places_{n}": places for n, (_, places) in enumerate(seen)}
+    np.savez(f"seen-{rank}.npz", **arrays)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":  # workers that decode are spawned, and load this file
+    processes.launch()
+    main(json.loads(sys.argv[1]))
