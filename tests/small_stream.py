@@ -3,7 +3,8 @@
     python small_stream.py '{"step": 5}'
 
 Works in the current folder, which has data.npz, a stream. `step` (from 1) is where it kills itself: in the middle of
-that step of all. A checkpoint is written after every step. What each process saw lies in seen-<rank>.npz.
+that step of all; `chunk`, the pixels that are augmented in one go. A checkpoint is written after every step. What each
+process saw lies in seen-<rank>.npz.
 """
 
 import json
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from longtail.data import batches
 from longtail.streaming import train
 from longtail.training import engine
 from longtail.training.checkpoints import Checkpoint
@@ -45,17 +47,21 @@ TUNED = {
 }  # fmt: skip
 
 
-def run(backbone: dict[str, Any] | None = None, **changes: Any) -> None:
+def run(backbone: dict[str, Any] | None = None, method: str = "balpoe", **changes: Any) -> None:
     """Train in the current folder."""
     train.train(
-        CELL, "f" * 16, data="data.npz", recipe=RECIPE | changes, method={"taus": [0.0, 2.0]}, backbone=backbone,
-        model="model", history="history.csv",
+        CELL | {"method": method}, "f" * 16, data="data.npz", recipe=RECIPE | changes,
+        method={"taus": [0.0, 2.0]} if method == "balpoe" else {}, backbone=backbone, model="model",
+        history="history.csv",
     )  # fmt: skip
 
 
 def main(options: dict[str, Any]) -> None:
     """Train, seeing to it that every step leaves a checkpoint, and die where it is asked for."""
     steps, dies, seen = 0, options.pop("step", 0), []
+    batches.CHUNK_PIXELS = options.pop("chunk", batches.CHUNK_PIXELS)
+    if "lr" in options:
+        options["optimizer"] = RECIPE["optimizer"] | {"lr": options.pop("lr")}
     original, due = engine.Training.step, Checkpoint.due
 
     def step(training: engine.Training, batch: Any) -> None:

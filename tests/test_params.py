@@ -192,6 +192,24 @@ BAD = [
         {"milestones": [1], "scales": [0.01]},
         "scales.0 = 0.01: input should be greater than or",
     ),
+    # images that are read as they are needed
+    ("streams.imagenet_lt.side", 4, "streams.imagenet_lt.side = 4: input should be greater than or equal to 8"),
+    ("streams.imagenet_lt.stored", 224, "the middle has 196 pixels (share), fewer than side (224); 0 keeps none"),
+    ("streams.imagenet_lt.index", "other", "streams.imagenet_lt.index = 'other': not in indexes; there are"),
+    ("recipes.imagenet_balpoe.window.scale", [0.5, 0.1], "scale falls, from 0.5 to 0.1"),
+    ("recipes.imagenet_balpoe.window.scale", [0, 1], "window.scale.0 = 0: input should be greater than 0"),
+    ("recipes.imagenet_balpoe.window.ratio", [1.0], "window.ratio = [1.0]: list should have at least 2 items"),
+    ("recipes.gala.window", {"scale": [0.1, 1], "ratio": [1, 1]}, "recipes.gala.window = "),
+    ("plans.imagenet-lt.recipes", ["gala"], "imagenet_lt is of `streams`, and the recipe gala is for small images"),
+    ("plans.imagenet-lt.recipes", ["probe"], "has images, and the recipe probe takes features"),
+    ("plans.imagenet-lt.datasets", ["imagenet_lt", "digits_if20"], "imagenet_lt is of `streams`, others are not"),
+    ("plans.imagenet-lt.readings", True, "imagenet_lt is of `streams`, whose logits are not kept to compare on"),
+    (
+        "plans.imagenet-lt.align",
+        {"reading": "own_samples", "weights": "uniform", "temperature": 1, "strength": 1},
+        "plans.imagenet-lt: imagenet_lt is of `streams`, whose logits come by blocks of rows, and align.reading = ",
+    ),
+    ("plans.quick.recipes", ["imagenet_balpoe"], "the recipe imagenet_balpoe has random windows (window), which only"),
 ]
 
 

@@ -38,7 +38,7 @@ def manifest_of(stage) -> str:
     """The name of the manifest that a stage has to depend on, from its command."""
     words = [word for word in stage.cmd.split() if word != PORTABLE]
     script = Path(words[1]).stem
-    flags = {"train": "--method", "refit": "--method", "download": "--source", "incremental_train": "--training"}
+    flags = {"download": "--source", "incremental_train": "--training", **dict.fromkeys(manifest.BY_METHOD, "--method")}
     flag = flags.get(script)
     return f"{script}-{words[words.index(flag) + 1]}" if flag else script
 

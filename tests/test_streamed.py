@@ -9,7 +9,7 @@ import torch
 from longtail import evaluation, networks, posthoc
 from longtail.posthoc import predictions
 from longtail.training import inference, streamed
-from longtail.workflow import files
+from longtail.workflow import files, params
 
 CLASSES, D = 7, 12
 ALIGN = {"reading": "equal_shares", "weights": "uniform", "temperature": 1.0, "strength": 1.0}
@@ -104,6 +104,7 @@ def test_every_reading_that_goes_by_rows(
 
 
 def test_a_reading_that_needs_all_logits_is_refused(cell: Path) -> None:
+    assert streamed.READINGS_BY_ROW == params.READINGS_BY_ROW  # which says so before anything runs
     with pytest.raises(ValueError, match=r"own_samples' needs all logits at once; allowed .* all_samples, normalized"):
         streamed.align(str(cell / "data.npz"), str(cell / "model"), **{**ALIGN, "reading": "own_samples"})
 

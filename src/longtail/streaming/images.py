@@ -11,7 +11,6 @@ N images, n of them, R pixels a side.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -41,18 +40,22 @@ class Ahead:
         self, reader: feed.Reader, pieces: list[Piece], how: Square | Window, requests: Iterable[Request],
         device: torch.device,
     ):  # fmt: skip
-        self.pieces, self.how, self.device = pieces, how, device
+        self.reader, self.pieces, self.how, self.device = reader, pieces, how, device
         self.begun = deque[Tensor]()  # rows of those that the workers have been given
         self.chunks = reader.read(self._parts(requests))
+        self.number = 0  # the reader's, of this reading
 
     def take(self, rows: Tensor) -> Tensor:
-        """The pixels (n, 3, R, R) uint8 of the next request, which must be this one. Raises ValueError for another,
-        for a file that is no image, and as `feed.read`."""
+        """The pixels (n, 3, R, R) uint8 of the next request, which must be this one.
+
+        Raises ValueError for another, for a file that is no image, and as `feed.Reader.read`.
+        """
         side, at = self.how.side, 0
         pixels = torch.empty((len(rows), side, side, CHANNELS), dtype=torch.uint8, device=self.device)
         while at < len(rows):
             chunk = next(self.chunks, None)
-            if chunk is None or (at == 0 and not torch.equal(self.begun.popleft(), rows)):
+            self.number = self.number or self.reader.reading
+            if chunk is None or (at == 0 and not _same(self.begun.popleft(), rows)):
                 raise ValueError("images were asked for in another order than was foreseen")
             if chunk.broken:
                 place, why = next(iter(chunk.broken.items()))
@@ -63,6 +66,11 @@ class Ahead:
             at += count
         return pixels.permute(0, 3, 1, 2)
 
+    @property
+    def over(self) -> bool:
+        """Whether another reading has taken the workers."""
+        return self.number not in (0, self.reader.reading)
+
     def _parts(self, requests: Iterable[Request]) -> Iterator[feed.Wanted]:
         for rows, seeds in requests:
             if len(rows):
@@ -70,6 +78,11 @@ class Ahead:
             for at in range(0, len(rows), PART):
                 part = [self.pieces[row] for row in rows[at : at + PART].tolist()]
                 yield feed.Wanted(part, self.how, seeds[at : at + PART])
+
+
+def _same(known: Tensor, asked: Tensor) -> bool:
+    """Whether these are the rows that are asked for; on a GPU their number alone is looked at: it waits for nothing."""
+    return len(known) == len(asked) and (asked.device.type != "cpu" or torch.equal(known, asked))
 
 
 class Images:
@@ -87,8 +100,7 @@ class Images:
     def __init__(self, reader: feed.Reader, pieces: list[Piece], square: Square, device: torch.device):
         self.reader, self.pieces, self.square, self.device = reader, pieces, square, device
         self.shape = torch.Size((len(pieces), CHANNELS, square.side, square.side))
-        self.epoch: tuple[Square | Window, Iterator[Request]] | None = None
-        self.reading: Ahead | None = None
+        self.epoch: Ahead | None = None
         self.look: tuple[int, Ahead] | None = None  # and the row that is next
 
     def __len__(self) -> int:
@@ -99,32 +111,21 @@ class Images:
 
         A slice without an end is a view: what a process has of a look that several share.
         """
-        if not isinstance(rows, slice):
-            return self._of_epoch(rows.cpu())
-        if rows.stop is None:
-            return Images(self.reader, self.pieces[rows], self.square, self.device)
-        return self._of_look(rows)
+        if isinstance(rows, slice):
+            if rows.stop is None:
+                return Images(self.reader, self.pieces[rows], self.square, self.device)
+            return self._of_look(rows)
+        if self.epoch is None:
+            raise ValueError("images were asked for before their epoch began")
+        return self.epoch.take(rows)
 
-    def begin(self, how: Square | Window, requests: Iterator[Request]) -> None:
-        """Say what the epoch that begins is going to ask for."""
-        self.epoch, self.reading = (how, requests), None
-
-    def _of_epoch(self, rows: Tensor) -> Tensor:
-        if not len(rows):  # a process that a short batch leaves none
-            return torch.empty((0, *self.shape[1:]), dtype=self.dtype, device=self.device)
-        if self.reading is None:  # it may be taken up in the middle, of a request even
-            how, requests = self.epoch or (self.square, iter(()))
-            here = next(
-                (rest for one in requests if (rest := _end(one, len(rows))) and torch.equal(rest.rows, rows)), None
-            )
-            if here is None:
-                raise ValueError("images were asked for that were not foreseen")
-            self.reading = Ahead(self.reader, self.pieces, how, chain([here], requests), self.device)
-        return self.reading.take(rows)
+    def begin(self, how: Square | Window, requests: Iterable[Request]) -> None:
+        """Say what the epoch that begins, or is taken up, is going to ask for."""
+        self.epoch = Ahead(self.reader, self.pieces, how, requests, self.device)
 
     def _of_look(self, rows: slice) -> Tensor:
         first, last, _ = rows.indices(len(self))
-        if self.look is None or self.look[0] != first:
+        if self.look is None or self.look[0] != first or self.look[1].over:
             size = rows.stop - first
             slices = (Request(torch.arange(at, min(at + size, len(self)))) for at in range(first, len(self), size))
             self.look = first, Ahead(self.reader, self.pieces, self.square, slices, self.device)
@@ -133,45 +134,49 @@ class Images:
         return reading.take(torch.arange(first, last))
 
 
-def _end(request: Request, count: int) -> Request | None:
-    """The last `count` rows of a request, where it has so many."""
-    skipped = len(request.rows) - count
-    return None if skipped < 0 else Request(request.rows[skipped:], request.seeds[skipped:])
-
-
 def requests(
     split: batches.Split, *, epoch: int, seed: int, batch_size: int, drop_last: bool, class_balanced: bool,
-    mixup_alpha: float, cutmix_alpha: float, rank: int, world: int,
+    mixup_alpha: float, cutmix_alpha: float, start_batch: int, rank: int, world: int,
 ) -> Iterator[Request]:  # fmt: skip
-    """What `batches.epoch` is going to ask `split.images` for, from its first batch on."""
+    """What `batches.epoch`, with these arguments, is going to ask `split.images` for."""
     count = batches.batches_per_epoch(len(split), batch_size=batch_size, drop_last=drop_last)
     order = batches.draw_order(
         split, class_balanced=class_balanced, generator=batches.torch_generator(seed, batches.ORDER, epoch)
     )[: count * batch_size]
     height, width = split.images.shape[2:]
     per_chunk = max(1, batches.CHUNK_PIXELS // (batch_size * height * width))
-    for first in range(0, count, per_chunk):
+    for chunk in range(start_batch // per_chunk, -(-count // per_chunk)):
         wanted = []
-        for number in range(first, min(first + per_chunk, count)):
+        for number in range(max(start_batch, chunk * per_chunk), min((chunk + 1) * per_chunk, count)):
             joint = torch.arange(number * batch_size, min((number + 1) * batch_size, len(order)))
             mixing = batches.draw_mixing(
                 len(joint), height=height, width=width, mixup_alpha=mixup_alpha, cutmix_alpha=cutmix_alpha,
                 generator=batches.batch_generator(seed, epoch, number),
             )  # fmt: skip
             wanted += [joint[rank::world], joint[mixing.partner][rank::world]]
+        if not wanted:  # the epoch was taken up after its last batch
+            return
         places = torch.unique(torch.cat(wanted))
         yield Request(order[places], [(seed, DRAWS, epoch, place) for place in places.tolist()])
 
 
 class Foreseen(BaseLoss):
-    """A loss that says, before each epoch, which one it is: the engine tells the loss, and nobody else."""
+    """A loss that says at which batch of which epoch the training is: the engine tells the loss, and nobody else.
 
-    def __init__(self, loss: BaseLoss, begin: Callable[[int], None]):
+    Args:
+        loss: what is minimised.
+        begin: called with epoch (from 1) and batch (from 0) where an epoch begins or is taken up.
+    """
+
+    at: Tensor
+
+    def __init__(self, loss: BaseLoss, begin: Callable[[int, int], None]):
         super().__init__()
         self.loss = loss
         self.scale, self.experts = loss.scale, loss.experts
         self.class_balanced_sampling, self.remembers = loss.class_balanced_sampling, loss.remembers
         self.__dict__["begin"] = begin
+        self.register_buffer("at", torch.zeros(2, dtype=torch.int64))  # of the checkpoint, on the CPU
 
     def forward(self, logits_EBC: Tensor, labels_B: Tensor, weight: float = 1.0, *places_B: Tensor) -> Tensor:
         """That of the loss."""
@@ -184,11 +189,14 @@ class Foreseen(BaseLoss):
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
         """That of the loss; the epoch's images are asked for next."""
-        self.__dict__["begin"](epoch)
+        if int(self.at[0]) != epoch:  # else it is taken up
+            self.at[0], self.at[1] = epoch, 0
+        self.__dict__["begin"](epoch, int(self.at[1]))
         self.loss.start_epoch(epoch, epochs)
 
     def after_step(self) -> None:
         """That of the loss."""
+        self.at[1] += 1
         self.loss.after_step()
 
 

@@ -6,6 +6,7 @@ would take hours. So what goes into the heads is kept: of all test images, and o
 N images, n of them, D features, E experts.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -33,24 +34,33 @@ def load(path: str | Path, device: torch.device) -> networks.Network:
     return tuned.load(path, device) if tuned.is_tuned(path) else networks.load(path, device)
 
 
-def features(network: networks.Network, split: batches.Split) -> list[Tensor]:
-    """What goes into the head of each expert, (N, D) float32 on the CPU, without augmentation."""
+def features(network: networks.Network, split: batches.Split) -> Iterator[Tensor]:
+    """What goes into the head of each expert, without augmentation: (n, E D) float32 on the CPU, a part at a time."""
     experts: Any = network.eval().experts
-    caught: list[list[Tensor]] = [[] for _ in experts]
+    caught: dict[int, Tensor] = {}
 
     def catch(expert: int) -> Any:
-        return lambda _, inputs: caught[expert].append(inputs[0].float().cpu())
+        return lambda _, inputs: caught.__setitem__(expert, inputs[0].float())
 
     hooks = [expert.head.register_forward_pre_hook(catch(e)) for e, expert in enumerate(experts)]
     stream = batches.in_order(
         split, batch_size=BATCH, mean=network.settings["mean"], std=network.settings["std"], channels_last=True
     )
-    with torch.inference_mode():
+    try:
         for images in stream:
-            network(images)
-    for hook in hooks:
-        hook.remove()
-    return [torch.cat(parts) for parts in caught]
+            with torch.inference_mode():
+                network(images)
+                found = torch.cat([caught[e] for e in range(len(experts))], 1).cpu()
+            yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def width(network: networks.Network) -> int:
+    """E D: the features of all experts."""
+    experts: Any = network.experts
+    return sum(int(expert.head.weight.shape[1]) for expert in experts)
 
 
 def predict(data: str, model: str, features_out: str, heads_out: str, out: str) -> None:
@@ -74,14 +84,15 @@ def predict(data: str, model: str, features_out: str, heads_out: str, out: str) 
     with reading(stream, device) as splits:
         for which in sorted(epochs):
             network = load(Path(model) / f"{which}.safetensors", device)
-            found = dict(named)
+            parts: dict[str, tuple[tuple[int, ...], Iterator[np.ndarray]]] = {}
             for name in inference.SPLITS:
-                values = np.empty((0, 1, 1, 1), np.float32)
-                if name in splits:
-                    split = splits[name] if name == "test" else _fitted(splits[name])
-                    values = torch.cat(features(network, split), 1).numpy()[:, None, None, :]
-                found[f"{name}_images"] = values
-            files.save_arrays(Path(features_out) / f"{which}.npz", **found)
+                split = splits.get(name)
+                if split is not None and name != "test":
+                    split = _fitted(split)
+                count = 0 if split is None else len(split)
+                values = (part.numpy() for part in features(network, split)) if split is not None else iter(())
+                parts[f"{name}_images"] = (count, 1, 1, width(network)), values
+            files.save_arrays_by_part(Path(features_out) / f"{which}.npz", parts, **named)
             networks.save(own.heads_of(network), folder / f"{which}.safetensors")
     files.write_json(folder / "epochs.json", epochs)
     provenance.write(str(folder), provenance.read(model))
@@ -110,7 +121,7 @@ def refit(
         for which in files.read_json(Path(model) / "epochs.json"):
             network = load(Path(model) / f"{which}.safetensors", device)
             inference.set_up(seed)  # the same draws for each
-            known = {name: features(network, split) for name, split in splits.items() if name != "test"}
+            known = {name: _by_expert(network, split) for name, split in splits.items() if name != "test"}
             train, held_out = splits["train"], splits.get("held_out")
             experts: Any = network.cpu().experts
             for e, expert in enumerate(experts):
@@ -124,6 +135,16 @@ def refit(
     files.write_bytes(history_out, Path(history).read_bytes())
     provenance.write(out, [*provenance.read(model), provenance.record("refit", device, precision="fp32")])
     machine.write(out, fingerprint, device, seconds=perf_counter() - begun)
+
+
+def _by_expert(network: networks.Network, split: batches.Split) -> list[Tensor]:
+    """The features of all images, (N, D) of each expert."""
+    experts: Any = network.experts
+    every, at = torch.empty(len(split), width(network)), 0
+    for part in features(network, split):
+        every[at : at + len(part)] = part
+        at += len(part)
+    return list(every.chunk(len(experts), 1))
 
 
 def first(data: str | Path, count: int) -> np.ndarray:

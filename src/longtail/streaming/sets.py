@@ -8,6 +8,7 @@ N rows a split, C classes.
 
 import hashlib
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from longtail.data.large.index import SPLITS, locate
 from longtail.data.large.pixels import CHANNELS, QUALITY, Smaller, Square
 from longtail.data.large.store import Piece, Store
 from longtail.training.checkpoints import alone
-from longtail.workflow import files
+from longtail.workflow import files, processes
 from longtail.workflow.fingerprint import digest
 
 SHARD = 2048  # images
@@ -72,11 +73,10 @@ def make(
     arrays = files.load_arrays(index)
     about = json.loads(str(arrays["report"]))
     store, pieces = locate(arrays, layout)
-    how = Smaller(stored, exif_orientation, draft) if stored else Square(side, share, exif_orientation, draft)
-    # what is read of a square is whether there is one: one of 32 pixels shows that as well
-    look = how if isinstance(how, Smaller) else how._replace(side=min(side, 32))
+    # whether a file can be decoded shows at any size, but not where libjpeg leaves out a part of it
+    look = Smaller(stored, exif_orientation, draft) if stored else Square(min(side, 32), share, exif_orientation, False)
     facts = [about["digest"], layout, list(look), made_by, SHARD, *([PIL.__version__, QUALITY] if stored else [])]
-    folder = (STORED if stored else LOOKED) / digest(facts)
+    folder = LOOKED / digest(facts)
     shards = {
         split: [
             (folder / f"{split}-{first:09}", pieces[split][first : first + SHARD])
@@ -119,13 +119,26 @@ def make(
             _check_classes(split, made[f"{split}_labels"], len(arrays["class_names"]), seen)
         report = {
             "index": about, "kinds": kinds, "left_out": wrong, "layout": layout, "stored": stored,
-            "folder": folder.name if stored else None,
+            "folder": _kept([path for path, _ in todo], seen) if stored else None,
             "square": Square(side, share, exif_orientation and not stored, draft)._asdict(),
         }  # fmt: skip
         made["report"] = np.array(json.dumps(report, sort_keys=True))
         files.save_arrays(out, **made)
-        if not stored:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _kept(paths: Sequence[Path], seen: Mapping[Path, Mapping[str, np.ndarray]]) -> str:
+    """Put the shards where trainings look for them, in a folder that is named by what they are; its name.
+
+    So code that makes the same shards anew changes no data set, and no training.
+    """
+    name = digest([[path.name, str(seen[path]["sha256"])] for path in paths])
+    for path in paths:
+        there = STORED / name / f"{path.name}.images"
+        there.parent.mkdir(parents=True, exist_ok=True)
+        there.unlink(missing_ok=True)  # it may be a damaged one
+        os.link(path.with_suffix(".images"), there)
+    return name
 
 
 def load(path: str | Path) -> Stream:
@@ -153,7 +166,8 @@ def _stored(arrays: Mapping[str, np.ndarray], report: Mapping[str, Any]) -> tupl
         shard = arrays[f"{split}_rows"] // SHARD
         for number, sha256 in enumerate(arrays[f"{split}_sha256"].tolist()):
             name = f"{split}-{number * SHARD:09}.images"
-            _check(store, name, sha256)
+            if processes.rank() == 0:  # one of several looks for all
+                _check(store, name, sha256)
             at = 0
             for size in arrays[f"{split}_stored"][shard == number].tolist():
                 pieces[split].append(Piece(name, at, size))
@@ -182,7 +196,7 @@ def _look(
     store: Store, how: Square | Smaller, todo: Sequence[tuple[Path, Sequence[Piece]]]
 ) -> dict[Path, dict[str, np.ndarray]]:
     """What was seen of each shard's images; those that are not there yet are looked at first, and written whole."""
-    missing = [(path, part) for path, part in todo if not path.with_suffix(".npz").is_file()]
+    missing = [(path, part) for path, part in todo if not path.with_suffix(".npz").is_file()]  # written after .images
     side = how.shorter if isinstance(how, Smaller) else how.side
     wanted = (
         feed.Wanted(part[first : first + PART], how) for _, part in missing for first in range(0, len(part), PART)

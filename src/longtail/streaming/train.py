@@ -61,6 +61,8 @@ def train(
 @contextmanager
 def reading(stream: sets.Stream, device: torch.device) -> Iterator[dict[str, batches.Split]]:
     """The splits of a data set that have images, whose images are read as they are asked for."""
+    if device.type == "cuda":  # where pages are pinned, else on the first
+        torch.cuda.set_device(device)
     part_bytes = PART * stream.square.side**2 * CHANNELS
     with feed.Reader(stream.store, part_bytes, pinned=device.type == "cuda") as reader:
         yield {
@@ -78,11 +80,11 @@ def announced(loss: BaseLoss, train: batches.Split, stream: sets.Stream, recipe:
     """The loss, which says to the images of `train` what each epoch is going to ask for."""
     images = cast(Any, train.images)
 
-    def begin(epoch: int) -> None:
+    def begin(epoch: int, batch: int) -> None:
         images.begin(
             as_window(stream.square, recipe.get("window")),
             requests(
-                train, epoch=epoch, seed=seed, class_balanced=loss.class_balanced_sampling,
+                train, epoch=epoch, start_batch=batch, seed=seed, class_balanced=loss.class_balanced_sampling,
                 rank=processes.rank(), world=processes.world(),
                 **{key: recipe[key] for key in ("batch_size", "drop_last", "mixup_alpha", "cutmix_alpha")},
             ),

@@ -7,10 +7,8 @@ them alone.
 N rows, D features.
 """
 
-import io
 import json
 import shutil
-import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -174,32 +172,24 @@ def _write(
         "backbone": np.array(json.dumps(facts, sort_keys=True)),
         "report": np.array(json.dumps(report, sort_keys=True)),
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    with zipfile.ZipFile(partial, "w", allowZip64=True) as archive:
-        for split in inference.SPLITS:
-            mine = [path for path in shards if path.name.startswith(f"{split}-")]
-            kept = np.ones(len(arrays[f"{split}_labels"]), bool)
-            for number, path in enumerate(mine):
-                kept[number * SHARD + files.load_arrays(path, "broken")["broken"]] = False
-            labels = arrays[f"{split}_labels"][kept]
-            _check_classes(split, labels, len(arrays["class_names"]))
-            small[f"{split}_labels"], small[f"{split}_rows"] = labels, np.flatnonzero(kept)
-            with archive.open(_member(f"{split}_images"), "w", force_zip64=True) as file:
-                header = {"descr": "<f4", "fortran_order": False, "shape": (len(labels), 1, 1, width)}
-                np.lib.format.write_array_header_1_0(file, header)
-                for path in mine:
-                    shard = files.load_arrays(path, "features", "broken")
-                    file.write(np.delete(shard["features"], shard["broken"], 0).astype("<f4").tobytes())
-        for name, array in small.items():
-            buffer = io.BytesIO()
-            np.lib.format.write_array(buffer, array, allow_pickle=False)
-            archive.writestr(_member(name), buffer.getvalue())
-    partial.replace(out)
+    images: dict[str, tuple[tuple[int, ...], Iterator[np.ndarray]]] = {}
+    for split in inference.SPLITS:
+        mine = [path for path in shards if path.name.startswith(f"{split}-")]
+        kept = np.ones(len(arrays[f"{split}_labels"]), bool)
+        for number, path in enumerate(mine):
+            kept[number * SHARD + files.load_arrays(path, "broken")["broken"]] = False
+        labels = arrays[f"{split}_labels"][kept]
+        _check_classes(split, labels, len(arrays["class_names"]))
+        small[f"{split}_labels"], small[f"{split}_rows"] = labels, np.flatnonzero(kept)
+        images[f"{split}_images"] = (len(labels), 1, 1, width), _rows(mine)
+    files.save_arrays_by_part(out, images, **small)
 
 
-def _member(name: str) -> zipfile.ZipInfo:
-    return zipfile.ZipInfo(f"{name}.npy")  # of 1980, so that the same arrays give the same bytes
+def _rows(shards: Sequence[Path]) -> Iterator[np.ndarray]:
+    """The features of each shard, without those of broken files."""
+    for path in shards:
+        shard = files.load_arrays(path, "features", "broken")
+        yield np.delete(shard["features"], shard["broken"], 0)
 
 
 def _check_classes(split: str, labels: np.ndarray, classes: int) -> None:

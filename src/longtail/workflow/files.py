@@ -10,6 +10,7 @@ import io
 import json
 import os
 import tempfile
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,39 @@ def save_arrays(path: str | Path, **arrays: np.ndarray) -> Path:
     buffer = io.BytesIO()
     np.savez(buffer, **{name: np.asarray(array) for name, array in arrays.items()})  # type: ignore[arg-type]
     return write_bytes(path, buffer.getvalue())
+
+
+def save_arrays_by_part(
+    path: str | Path, parts: Mapping[str, tuple[tuple[int, ...], Iterable[np.ndarray]]], **arrays: np.ndarray
+) -> Path:
+    """As `save_arrays`, with float32 arrays of known shapes whose rows come a part at a time and are never all there.
+
+    Raises ValueError where the parts have not the rows of the shape.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with zipfile.ZipFile(partial, "w", allowZip64=True) as archive:
+        for name, (shape, rows) in parts.items():
+            with archive.open(_member(name), "w", force_zip64=True) as file:
+                header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                count = 0
+                for part in rows:
+                    file.write(np.ascontiguousarray(part, "<f4").tobytes())
+                    count += len(part)
+            if count != shape[0]:
+                raise ValueError(f"{path}: {name} has {count} rows, not {shape[0]}")
+        for name, array in arrays.items():
+            buffer = io.BytesIO()
+            np.lib.format.write_array(buffer, np.asarray(array), allow_pickle=False)
+            archive.writestr(_member(name), buffer.getvalue())
+    partial.replace(path)
+    return path
+
+
+def _member(name: str) -> zipfile.ZipInfo:
+    return zipfile.ZipInfo(f"{name}.npy")  # of 1980, so that the same arrays give the same bytes
 
 
 def load_arrays(path: str | Path, *names: str) -> dict[str, np.ndarray]:

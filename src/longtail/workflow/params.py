@@ -19,6 +19,7 @@ READERS = "data/sources"
 EMBEDDINGS = "embeddings"  # the reader whose arrays are features
 NAME_PATTERN = r"[a-z0-9]+(_[a-z0-9]+)*"
 PLAN_NAME = r"[a-z0-9]+([_-][a-z0-9]+)*"
+READINGS_BY_ROW = ("all_samples", "normalized", "equal_shares")  # as longtail.training.streamed has them
 DEEPEST = 50
 SHOWN = reprlib.Repr()  # of a value that does not fit: anchors and aliases make a line of YAML a billion words
 SHOWN.maxstring = SHOWN.maxother = 80
@@ -307,8 +308,11 @@ class Stream(Block):
 
     @model_validator(mode="after")
     def _stored_images_are_no_smaller(self) -> "Stream":
-        if self.stored and self.stored < self.side:
-            raise ValueError(f"stored: {self.stored} is below side ({self.side}); 0 keeps no smaller images")
+        if self.stored and round(self.stored * self.share) < self.side:
+            raise ValueError(
+                f"stored: of images whose shorter side is {self.stored} the middle has "
+                f"{round(self.stored * self.share)} pixels (share), fewer than side ({self.side}); 0 keeps none smaller"
+            )
         return self
 
 
@@ -721,6 +725,12 @@ def _check_features(value: dict[str, Any], problems: list[str]) -> None:
             if large and block.get("readings"):
                 problems.append(
                     f"plans.{plan}.readings: {large[0]} is of `{section}`, whose logits are not kept to compare on"
+                )
+            reading = (block.get("align") or value["align"])["reading"]
+            if large and reading not in READINGS_BY_ROW:
+                problems.append(
+                    f"plans.{plan}: {large[0]} is of `{section}`, whose logits come by blocks of rows, and "
+                    f"align.reading = {reading!r} needs them all at once; allowed are {', '.join(READINGS_BY_ROW)}"
                 )
         _check_stream(value, plan, block, problems)
         for dataset in block["datasets"]:

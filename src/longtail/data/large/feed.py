@@ -20,6 +20,7 @@ from longtail.data.decode import BrokenError
 from longtail.data.large.pixels import CHANNELS, Smaller, Square, Window, smaller, square, window
 from longtail.data.large.store import Piece, Store
 
+MOST = 16  # workers that are taken unasked: each has 700 MB, most of it PyTorch's libraries, which they share
 AHEAD = 3  # parts in the making for each worker
 SHARED = Path("/dev/shm")  # where workers leave pixels; containers often have 64 MiB of it
 
@@ -49,12 +50,17 @@ class Chunk(NamedTuple):
     failed: Exception | None = None
 
 
+def processes() -> int:
+    """How many processes of this training share the machine: torchrun says it."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def workers() -> int:
-    """LONGTAIL_WORKERS, or all cores; 0: in this process."""
+    """LONGTAIL_WORKERS, or this process's share of the cores that it may use, at most MOST; 0: in this process."""
     given = os.environ.get("LONGTAIL_WORKERS", "")
     if given and not given.isdigit():
         raise ValueError(f"LONGTAIL_WORKERS={given}: allowed are whole numbers, 0 for this process alone")
-    return int(given) if given else os.cpu_count() or 1
+    return int(given) if given else max(1, min(MOST, len(os.sched_getaffinity(0)) // processes()))
 
 
 def read(store: Store, wanted: Wanted) -> Chunk:
@@ -131,34 +137,47 @@ class Reader:
         part_bytes: of the largest part that will be asked for.
         pinned: hand over pages that a GPU can copy from while it computes.
 
-    Raises ValueError where /dev/shm has no room for what the workers make.
     """
 
     def __init__(self, store: Store, part_bytes: int, *, pinned: bool = False):
+        self.store, self.part_bytes, self.pinned = store, part_bytes, pinned
         self.agenda, self.count = Agenda(), workers()
+        self.reading = 0  # the number of the one under way
+        self.loader: DataLoader[Chunk] | None = None  # made when something is to be read
+
+    def read(self, parts: Iterable[Wanted]) -> Iterator[Chunk]:
+        """The parts, in their order; `parts` is gone through as there is room ahead.
+
+        Raises what `read` raises, where the part's turn comes, and ValueError where /dev/shm has no room for what the
+        workers make, or where another reading has begun since.
+        """
+        self.reading += 1
+        mine, self.agenda.parts = self.reading, parts
+        if self.loader is None:
+            self.loader = self._started()
+        chunks = iter(self.loader)
+        while True:
+            if self.reading != mine:
+                raise ValueError("another reading of these images has begun, which ended this one")
+            chunk = next(chunks, None)
+            if chunk is None:
+                return
+            if chunk.failed is not None:
+                raise chunk.failed
+            yield chunk
+
+    def _started(self) -> DataLoader[Chunk]:
         settings: dict[str, Any] = {}
         if self.count:
             # not forked: this process has threads
             settings = {
                 "num_workers": self.count, "persistent_workers": True, "multiprocessing_context": "spawn",
-                "prefetch_factor": ahead(self.count, part_bytes),
+                "prefetch_factor": ahead(self.count, self.part_bytes),
             }  # fmt: skip
-        self.loader: DataLoader[Chunk] | None = DataLoader(
-            Files(store), batch_size=None, sampler=self.agenda, collate_fn=as_it_is, pin_memory=pinned,
+        return DataLoader(
+            Files(self.store), batch_size=None, sampler=self.agenda, collate_fn=as_it_is, pin_memory=self.pinned,
             generator=torch.Generator(), **settings,
         )  # fmt: skip
-
-    def read(self, parts: Iterable[Wanted]) -> Iterator[Chunk]:
-        """The parts, in their order; `parts` is gone through as there is room ahead.
-
-        Raises what `read` raises, where the part's turn comes.
-        """
-        assert self.loader is not None
-        self.agenda.parts = parts
-        for chunk in self.loader:
-            if chunk.failed is not None:
-                raise chunk.failed
-            yield chunk
 
     def close(self) -> None:
         """End the workers."""
@@ -175,17 +194,19 @@ class Reader:
 
 
 def ahead(count: int, part_bytes: int) -> int:
-    """How many parts each of `count` workers may have made before they are used: AHEAD, or what half of /dev/shm holds.
+    """How many parts each of `count` workers may have made before they are used: AHEAD, or fewer.
+
+    Half of /dev/shm, or of this process's share of it, has to hold them.
 
     Raises ValueError where that is none.
     """
     if not SHARED.is_dir():
         return AHEAD
-    free = shutil.disk_usage(SHARED).free
+    free = shutil.disk_usage(SHARED).free // processes()
     found = min(AHEAD, int(free / 2 / (count * part_bytes)))
     if found < 1:
         raise ValueError(
-            f"{SHARED} has {free >> 20} MiB free, too little for {count} workers that decode {part_bytes >> 20} MiB at "
-            "a time: LONGTAIL_WORKERS takes fewer, `docker run --shm-size` or `--ipc=host` gives more"
+            f"{SHARED} has {free >> 20} MiB free for this process, too little for {count} workers that decode "
+            f"{part_bytes >> 20} MiB at a time: LONGTAIL_WORKERS takes fewer, `docker run --shm-size` gives more"
         )
     return found

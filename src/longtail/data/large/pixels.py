@@ -113,15 +113,18 @@ def smaller(data: bytes, how: Smaller) -> tuple[bytes, str]:
     Raises as `square`.
     """
 
+    own: list[int] = []
+
     def least(width: int, height: int) -> tuple[int, int]:
+        own.append(min(width, height))
         scale = how.shorter / min(width, height)
         return math.ceil(width * scale), math.ceil(height * scale)
 
     pixels, kind = decoded(data, exif_orientation=how.exif_orientation, least=least if how.draft else None)
     height, width = pixels.shape[1:]
-    scale = how.shorter / min(height, width)
-    if scale >= 1 and kind in ("JPEG RGB", "JPEG L"):
+    if (own[0] if own else min(height, width)) <= how.shorter and kind in ("JPEG RGB", "JPEG L"):
         return data, kind
+    scale = how.shorter / min(height, width)
     if scale < 1:
         size = max(1, round(height * scale)), max(1, round(width * scale))
         pixels = _resized(pixels, size, "bicubic")
