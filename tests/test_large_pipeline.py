@@ -10,10 +10,10 @@ from test_pipeline import Clone
 from longtail.workflow import files
 
 PLANS = {"frozen-imagenet-lt": "imagenet_lt", "frozen-places-lt": "places_lt", "frozen-inaturalist": "inaturalist_2018"}
-TRAINED = {  # plan: recipe, data set, expert method
-    "imagenet-lt": ("imagenet_balpoe", "imagenet_lt", "balpoe_imagenet"),
-    "places-lt": ("places_tune", "places_lt", "balpoe"),
-    "inaturalist": ("inaturalist_balpoe", "inaturalist_2018", "balpoe_inaturalist"),
+TRAINED = {  # plan: recipe, data set, methods
+    "imagenet-lt": ("imagenet_balpoe", "imagenet_lt", ["ce", "balpoe_imagenet", "crt"]),
+    "places-lt": ("places_tune", "places_lt", ["balpoe"]),
+    "inaturalist": ("inaturalist_balpoe", "inaturalist_2018", ["balpoe_inaturalist"]),
 }
 
 
@@ -38,19 +38,22 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
     for block in params["streams"].values():
         block["side"] = 32
     params["streams"]["places_lt"]["stored"] = 36
-    for plan, (recipe, _, method) in TRAINED.items():
-        params["plans"][plan] |= {"methods": ["ce", method, "crt"], "trained": ["ce", method]}
+    for plan, (recipe, _, methods) in TRAINED.items():
+        trained = [method for method in methods if method != "crt"]
+        params["plans"][plan] |= {"methods": methods, "trained": trained, "refit": methods[len(trained) :]}
         params["recipes"][recipe] |= {"epochs": 8, "batch_size": 16, "precision": "fp32"}
         params["recipes"][recipe]["optimizer"]["lr"] = 0.05
     params["recipes"]["places_tune"]["network"]["backbone"] = "small"
     for recipe in ("imagenet_balpoe", "inaturalist_balpoe"):
         params["recipes"][recipe]["network"]["architecture"] = "resnet10"
     (clone.root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    for plan in TRAINED:  # other methods, another backbone
+        run(clone, "plan", plan)
     return clone
 
 
-def run(clone: Clone, *command: str) -> str:
-    return clone.run("python", "-m", "longtail.cli", *command, LONGTAIL_WORKERS="1")
+def run(clone: Clone, *command: str, workers: str = "1") -> str:
+    return clone.run("python", "-m", "longtail.cli", *command, LONGTAIL_WORKERS=workers)
 
 
 @pytest.mark.slow
@@ -89,23 +92,22 @@ def test_trainings_on_images_go_to_their_report_and_out_of_the_house(clone: Clon
     (clone.root / "params.yaml").write_text(text)
     places = clone.root / "data/large/places365/Places_LT_test.txt"
     places.write_bytes(places.read_bytes().replace(b"\r\n", b"\n"))
-    for plan, (recipe, dataset, method) in TRAINED.items():
-        run(clone, "run", plan, "--jobs", "2")
-        table = (clone.root / f"results/{plan}/table.md").read_text()
-        assert all(name in table for name in ("Cross-entropy", "BalPoE", "cRT"))
+    for plan, (recipe, dataset, methods) in TRAINED.items():
+        run(clone, "run", plan, "--jobs", "2", workers="1" if plan == "places-lt" else "0")
         cells = clone.root / f"results/{plan}/cells/{dataset}/{recipe}"
-        for name in ("ce", method, "crt"):
+        for name in methods:
             found = files.read_json(cells / name / "1/metrics.json")["last"]
-            assert {"raw", "aligned_on_train", "logit_adjusted", "rebalanced"} <= found.keys()
-        assert files.read_json(cells / "ce/1/metrics.json")["last"]["raw"]["accuracy"] > 0.4  # each class a colour
-        assert f"{plan}: 3 done of 3 cells" in run(clone, "status", plan)
+            assert {"raw", "aligned_on_train", "logit_adjusted", "rebalanced_on_test"} <= found.keys()
+            assert found["raw"]["accuracy"] > 0.4  # of five classes, each a colour
+        assert f"{plan}: {len(methods)} done of {len(methods)} cells" in run(clone, "status", plan)
+        assert "BalPoE" in (clone.root / f"results/{plan}/table.md").read_text()
     run(clone, "track")
     cell = "imagenet_lt-imagenet_balpoe-balpoe_imagenet-1"
     run(clone, "export", "imagenet-lt", cell, "--out", str(tmp_path / "network.pt2"))
     assert (tmp_path / "network.pt2").is_file()
     with pytest.raises(AssertionError, match="what is served would decode files otherwise"):
         run(clone, "register", "imagenet-lt", cell, "--name", "x")
-    # another share of the middle decodes anew and trains anew; a changed correction does neither
+    # a changed correction neither trains nor looks at an image
     params = clone.root / "params.yaml"
     params.write_text(params.read_text().replace("strength: 1", "strength: 0.9"))
     said = clone.run("dvc", "status", "stages/imagenet-lt/dvc.yaml")
