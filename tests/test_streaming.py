@@ -265,7 +265,9 @@ def test_looks_and_epochs_get_the_pixels_of_each_file(
 def in_memory(stream: sets.Stream) -> dict[str, batches.Split]:
     found = {}
     for name, labels in stream.labels.items():
-        pixels = feed.read(stream.store, feed.Wanted(stream.pieces[name], stream.square)).values.numpy()
+        pixels = (
+            feed.read(stream.store, feed.Wanted(stream.pieces[name], stream.square)).values.permute(0, 2, 3, 1).numpy()
+        )
         found[name] = batches.Split.from_arrays(pixels, labels, len(stream.class_names), "cpu")
     return found
 

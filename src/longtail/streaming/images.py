@@ -51,7 +51,7 @@ class Ahead:
         Raises ValueError for another, for a file that is no image, and as `feed.Reader.read`.
         """
         side, at = self.how.side, 0
-        pixels = torch.empty((len(rows), side, side, CHANNELS), dtype=torch.uint8, device=self.device)
+        pixels = torch.empty((len(rows), CHANNELS, side, side), dtype=torch.uint8, device=self.device)
         while at < len(rows):
             chunk = next(self.chunks, None)
             self.number = self.number or self.reader.reading
@@ -64,7 +64,7 @@ class Ahead:
             count = len(chunk.values)
             pixels[at : at + count].copy_(chunk.values, non_blocking=True)
             at += count
-        return pixels.permute(0, 3, 1, 2)
+        return pixels
 
     @property
     def over(self) -> bool:

@@ -153,5 +153,5 @@ def first(data: str | Path, count: int) -> np.ndarray:
     chunk = feed.read(stream.store, feed.Wanted(stream.pieces["test"][:count], stream.square))
     if chunk.broken:
         raise ValueError(f"{data}: {next(iter(chunk.broken.values()))}, though it was an image once")
-    found: np.ndarray = chunk.values.numpy()
+    found: np.ndarray = chunk.values.permute(0, 2, 3, 1).numpy()
     return found

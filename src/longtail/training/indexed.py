@@ -148,7 +148,7 @@ def _shard(
     while len(kinds) < count:
         chunk = next(decoded)
         with torch.inference_mode():
-            images = chunk.values.to(device).permute(0, 3, 1, 2)
+            images = chunk.values.to(device)
             values.append(made.features(images).cpu().numpy())
         broken |= {len(kinds) + n: why for n, why in chunk.broken.items()}
         kinds += chunk.kinds

@@ -37,7 +37,7 @@ class Chunk(NamedTuple):
     """Rows, decoded: what each is, why it is not, and what has become of them.
 
     Attributes:
-        values: (n, side, side, 3) uint8, black where a file is broken; of Smaller, the files' bytes one after another.
+        values: (n, 3, side, side) uint8, black where a file is broken; of Smaller, the files' bytes one after another.
         sizes: of Smaller, the bytes of each; 0 where a file is broken.
         broken: reasons, by place in the chunk.
         failed: what stopped the worker, to be raised where the part is used.
@@ -70,7 +70,7 @@ def read(store: Store, wanted: Wanted) -> Chunk:
     """
     pieces, how, seeds = wanted
     side = None if isinstance(how, Smaller) else how.side
-    values = torch.zeros(0 if side is None else (len(pieces), side, side, CHANNELS), dtype=torch.uint8)
+    values = torch.zeros(0 if side is None else (len(pieces), CHANNELS, side, side), dtype=torch.uint8)
     parts, sizes, kinds, broken = [b""], list[int](), list[str](), dict[int, str]()
     for n, piece in enumerate(pieces):
         data = store.piece(piece)
@@ -81,10 +81,10 @@ def read(store: Store, wanted: Wanted) -> Chunk:
                 sizes.append(len(made))
             elif isinstance(how, Window):
                 pixels, kind = window(data, how, _generator(seeds[n]))
-                values[n] = pixels.permute(1, 2, 0)
+                values[n] = pixels
             else:
                 pixels, kind = square(data, how)
-                values[n] = pixels.permute(1, 2, 0)
+                values[n] = pixels
             kinds.append(kind)
         except BrokenError as error:
             kinds.append("broken")
