@@ -236,9 +236,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     report.table(("File", "DataLoader with Pillow", "ours", "Ours / DataLoader"), together)
     report.say(
         f"Training {size['architecture']} on the files of 500 x 375, batch {size['batch']}, bf16, one worker that "
-        f"decodes, {os.cpu_count()} cores; random windows, flip, colour jitter, mixup. Seconds a step: of the network alone "
-        "on a batch that lies ready, and of epochs from files. Where the network has all cores, the worker takes of them what "
-        "it needs, and all threads of a step wait for the one that it takes it from.",
+        f"decodes, {os.cpu_count()} cores; random windows, flip, colour jitter, mixup. Seconds a step: of the network "
+        "alone on a batch that lies ready, and of epochs from files. Where the network has all cores, the worker takes "
+        "of them what it needs, and all threads of a step wait for the one that it takes it from.",
     )  # fmt: skip
     report.table(("Recipe", "Threads", "Network alone", "From files", "More, % (median)", "Each turn"), beside)
     if args.results is not None:
