@@ -71,6 +71,7 @@ def test_heads_are_exported_and_served_for_features_as_they_are(
     cell = SimpleNamespace(
         network=network, deployed=export.Deployed(network, correction).eval(), images=images, logits=wanted, title="x",
         classes=["a", "b", "c", "d"], results=tmp_path, correction_name="none", reading=export.READING,
+        streamed=False,
     )  # fmt: skip
     assert export.export(cell, tmp_path / "heads.pt2") < 1e-4
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
