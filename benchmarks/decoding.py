@@ -162,66 +162,72 @@ def loop(folder: Path, *, turns: int, architecture: str, images: int, batch: int
         return alternate(turns, bare, epoch)
 
 
+def against_bare(turns: int, label: str, folder: Path, how: Square) -> tuple[str, ...]:
+    """A row: images a second of one core, of a bare decoder and of ours, on all files of a folder."""
+    paths = sorted(folder.iterdir())
+    store = Store(folder.name, str(folder.parent))
+    pieces = [Piece(path.name, 0, path.stat().st_size) for path in paths]
+    contents = [torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8) for path in paths]
+    bare, ours = alternate(
+        turns,
+        lambda: rate(len(contents), lambda: [decode_jpeg(one) for one in contents]),
+        lambda: rate(len(pieces), lambda: feed.read(store, feed.Wanted(pieces, how))),
+    )
+    return label, f"{median(bare):,.0f}", f"{median(ours):,.0f}", f"{ratio(ours, bare):.2f}"
+
+
+def against_loader(turns: int, label: str, folder: Path, how: Square, count: int) -> tuple[str, ...]:
+    """A row: images a second of worker processes, of a DataLoader with Pillow and of ours, on `count` files."""
+    paths = sorted(folder.iterdir())
+    paths = (paths * (count // len(paths) + 1))[:count]
+    pieces = [Piece(path.name, 0, path.stat().st_size) for path in paths]
+    streams = Streams(paths, Store(folder.name, str(folder.parent)), pieces, how)
+    usual, fed = alternate(turns, streams.usual, streams.ours)
+    return label, f"{median(usual):,.0f}", f"{median(fed):,.0f}", f"{ratio(fed, usual):.2f}"
+
+
+def beside_steps(folder: Path, size: dict[str, Any], turns: int) -> list[tuple[str, ...]]:
+    """Rows: what epochs from files take beside the steps of the network, with cores of its own for decoding or not."""
+    cores, rows = os.cpu_count() or 1, []
+    for threads, jitter in ((max(1, cores - 1), 0.4), (max(1, cores - 1), 0.0), (cores, 0.4), (cores, 0.0)):
+        torch.set_num_threads(threads)
+        steps = loop(folder, turns=turns, jitter=jitter, **size)
+        more = [100 * (whole / bare - 1) for bare, whole in zip(*steps, strict=True)]
+        rows.append((
+            "as ImageNet-LT's" if jitter else "without jitter, as iNaturalist's", str(threads),
+            *(f"{median(some):.3f}" for some in steps), f"{median(more):.1f}", ", ".join(f"{one:.1f}" for one in more),
+        ))  # fmt: skip
+    torch.set_num_threads(1)
+    return rows
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, write."""
     args = flags(__doc__, argv)
     torch.set_num_threads(1)
-    os.environ["LONGTAIL_WORKERS"] = str(PROCESSES)
-    turns, distinct, batches = (1, 8, 14) if args.quick else (5, 48, 24)
+    turns, distinct, count = (1, 8, 14 * BATCH) if args.quick else (5, 48, 24 * BATCH)
+    size = {"architecture": "resnet10", "images": 8, "batch": 4} if args.quick else LOOP
     with Worker("machine", Setting(side=512)) as machine:
         about = machine.hello
-    alone, together, beside = [], [], []
+    alone, together, beside = [], [], list[tuple[str, ...]]()
     for name, (width, height) in SIZES.items():
-        with tempfile.TemporaryDirectory() as folder:
-            paths = [Path(folder) / f"x/{n}.jpg" for n in range(distinct)]
-            paths[0].parent.mkdir()
-            for n, path in enumerate(paths):
-                path.write_bytes(jpeg(width, height, n))
-            store = Store("x", folder)
-            pieces = [Piece(path.name, 0, path.stat().st_size) for path in paths]
-            contents = [torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8) for path in paths]
-            kept = Path(folder) / "kept"  # as `stored: 256` has them
+        with tempfile.TemporaryDirectory() as temporary:
+            folder, kept = Path(temporary) / "x", Path(temporary) / "kept"  # the second as `stored: 256` has them
+            folder.mkdir()
             kept.mkdir()
-            for path in paths:
-                (kept / path.name).write_bytes(smaller(path.read_bytes(), Smaller(256, False, False))[0])
+            for n in range(distinct):
+                data = jpeg(width, height, n)
+                (folder / f"{n:02}.jpg").write_bytes(data)
+                (kept / f"{n:02}.jpg").write_bytes(smaller(data, Smaller(256, False, False))[0])
+            os.environ["LONGTAIL_WORKERS"] = str(PROCESSES)
             for draft in (False, True) if min(width, height) * 0.875 >= 2 * SIDE else (False,):
-                how = Square(SIDE, 0.875, False, draft)
-                bare, ours = alternate(
-                    turns,
-                    lambda contents=contents: rate(len(contents), lambda: [decode_jpeg(one) for one in contents]),  # type: ignore[misc]
-                    lambda s=store, p=pieces, h=how: rate(len(p), lambda: feed.read(s, feed.Wanted(p, h))),  # type: ignore[misc]
-                )
-                label = f"{name}{', draft' if draft else ''}"
-                alone.append((label, f"{median(bare):,.0f}", f"{median(ours):,.0f}", f"{ratio(ours, bare):.2f}"))
-                many = (batches * BATCH) // distinct + 1
-                streams = Streams((paths * many)[: batches * BATCH], store, (pieces * many)[: batches * BATCH], how)
-                usual, fed = alternate(1 if args.quick else 2, streams.usual, streams.ours)
-                together.append((label, f"{median(usual):,.0f}", f"{median(fed):,.0f}", f"{ratio(fed, usual):.2f}"))
-            less = [torch.frombuffer(bytearray((kept / path.name).read_bytes()), dtype=torch.uint8) for path in paths]
-            of_kept = [Piece(path.name, 0, (kept / path.name).stat().st_size) for path in paths]
-            where, how = Store("kept", folder), Square(SIDE, 0.875, False, False)
-            bare, ours = alternate(
-                turns,
-                lambda contents=less: rate(len(contents), lambda: [decode_jpeg(one) for one in contents]),  # type: ignore[misc]
-                lambda s=where, p=of_kept, h=how: rate(len(p), lambda: feed.read(s, feed.Wanted(p, h))),  # type: ignore[misc]
-            )
-            label = f"{name}, kept at 256"
-            alone.append((label, f"{median(bare):,.0f}", f"{median(ours):,.0f}", f"{ratio(ours, bare):.2f}"))
-            if name == next(iter(SIZES)):
+                how, label = Square(SIDE, 0.875, False, draft), f"{name}{', draft' if draft else ''}"
+                alone.append(against_bare(turns, label, folder, how))
+                together.append(against_loader(1 if args.quick else 2, label, folder, how, count))
+            alone.append(against_bare(turns, f"{name}, kept at 256", kept, Square(SIDE, 0.875, False, False)))
+            if not beside:
                 os.environ["LONGTAIL_WORKERS"] = "1"
-                size = {"architecture": "resnet10", "images": 8, "batch": 4} if args.quick else LOOP
-                cores = os.cpu_count() or 1
-                for threads, jitter in ((max(1, cores - 1), 0.4), (max(1, cores - 1), 0.0), (cores, 0.4), (cores, 0.0)):
-                    torch.set_num_threads(threads)
-                    steps = loop(Path(folder), turns=1 if args.quick else 5, jitter=jitter, **size)  # type: ignore[arg-type]
-                    more = [100 * (whole / bare - 1) for bare, whole in zip(*steps, strict=True)]
-                    beside.append((
-                        "as ImageNet-LT's" if jitter else "without jitter, as iNaturalist's", str(threads),
-                        *(f"{median(some):.3f}" for some in steps), f"{median(more):.1f}",
-                        ", ".join(f"{one:.1f}" for one in more),
-                    ))  # fmt: skip
-                torch.set_num_threads(1)
-                os.environ["LONGTAIL_WORKERS"] = str(PROCESSES)
+                beside = beside_steps(Path(temporary), size, turns)
     report = Report()
     report.say(
         "# Decoded images a second", "", machine_line(about), "",

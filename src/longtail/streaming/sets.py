@@ -87,35 +87,11 @@ def make(
     todo = [one for split in SPLITS for one in shards[split]]
     with alone(folder.with_suffix(".lock"), "looking at these images"):
         seen = _look(store, look, todo)
-        wrong = {
-            part[n].file + (f" at {part[n].offset}" if part[n].offset else ""): why
-            for path, part in todo
-            for n, why in zip(seen[path]["broken"].tolist(), seen[path]["why"].tolist(), strict=True)
-        }
-        if wrong:
-            said = "; ".join(f"{place} ({why})" for place, why in list(wrong.items())[:NAMED])
-            said += "; ..." if len(wrong) > NAMED else ""
-            if broken == "refuse":
-                _forget(seen)
-                raise ValueError(
-                    f"{store.path}: {len(wrong):,} files are no usable images: {said}. Mend them and make the index "
-                    "anew, or leave them out (broken: leave_out); what was looked at of others is kept"
-                )
-            print(f"left out, no usable images: {len(wrong):,}: {said}")
+        wrong = _checked(store, todo, seen, broken)
         kinds = Counter(kind for found in seen.values() for kind in found["kinds"].tolist())
         print("files: " + ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items())))
-        made: dict[str, np.ndarray] = {"class_names": arrays["class_names"]}
+        made = _usable(arrays, {split: [seen[path] for path, _ in shards[split]] for split in SPLITS})
         for split in SPLITS:
-            found = [seen[path] for path, _ in shards[split]]
-            good = np.ones(len(arrays[f"{split}_labels"]), bool)
-            for number, one in enumerate(found):
-                good[number * SHARD + one["broken"]] = False
-            made |= {f"{split}_{name}": arrays[f"{split}_{name}"][good] for name in ("keys", "sizes", "labels")}
-            made[f"{split}_rows"] = np.flatnonzero(good)
-            if stored:
-                sizes = np.concatenate([one["sizes"] for one in found]) if found else np.empty(0, np.int64)
-                made[f"{split}_stored"] = sizes[good]
-                made[f"{split}_sha256"] = np.array([str(one["sha256"]) for one in found], "U64")
             _check_classes(split, made[f"{split}_labels"], len(arrays["class_names"]), seen)
         report = {
             "index": about, "kinds": kinds, "left_out": wrong, "layout": layout, "stored": stored,
@@ -125,6 +101,50 @@ def make(
         made["report"] = np.array(json.dumps(report, sort_keys=True))
         files.save_arrays(out, **made)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _checked(
+    store: Store,
+    todo: Sequence[tuple[Path, Sequence[Piece]]],
+    seen: Mapping[Path, Mapping[str, np.ndarray]],
+    broken: str,
+) -> dict[str, str]:
+    """Files that are no usable images, with their reasons, said aloud. Raises ValueError where they are refused."""
+    wrong = {
+        part[n].file + (f" at {part[n].offset}" if part[n].offset else ""): why
+        for path, part in todo
+        for n, why in zip(seen[path]["broken"].tolist(), seen[path]["why"].tolist(), strict=True)
+    }
+    if not wrong:
+        return wrong
+    said = "; ".join(f"{place} ({why})" for place, why in list(wrong.items())[:NAMED])
+    said += "; ..." if len(wrong) > NAMED else ""
+    if broken == "refuse":
+        _forget(seen)
+        raise ValueError(
+            f"{store.path}: {len(wrong):,} files are no usable images: {said}. Mend them and make the index "
+            "anew, or leave them out (broken: leave_out); what was looked at of others is kept"
+        )
+    print(f"left out, no usable images: {len(wrong):,}: {said}")
+    return wrong
+
+
+def _usable(
+    arrays: Mapping[str, np.ndarray], seen: Mapping[str, Sequence[Mapping[str, np.ndarray]]]
+) -> dict[str, np.ndarray]:
+    """The rows of an index whose files are images, by what was seen of each split's shards; and of shards that are kept
+    the bytes of each image, and checksums."""
+    made: dict[str, np.ndarray] = {"class_names": arrays["class_names"]}
+    for split, found in seen.items():
+        good = np.ones(len(arrays[f"{split}_labels"]), bool)
+        for number, one in enumerate(found):
+            good[number * SHARD + one["broken"]] = False
+        made |= {f"{split}_{name}": arrays[f"{split}_{name}"][good] for name in ("keys", "sizes", "labels")}
+        made[f"{split}_rows"] = np.flatnonzero(good)
+        sizes = [one["sizes"] for one in found if "sizes" in one]
+        made[f"{split}_stored"] = np.concatenate(sizes)[good] if sizes else np.empty(0, np.int64)
+        made[f"{split}_sha256"] = np.array([str(one["sha256"]) for one in found if "sha256" in one], "U64")
+    return made
 
 
 def _kept(paths: Sequence[Path], seen: Mapping[Path, Mapping[str, np.ndarray]]) -> str:
