@@ -24,7 +24,7 @@ from PIL import Image
 
 from longtail import cli, networks
 from longtail.posthoc import predictions
-from longtail.tracking import export
+from longtail.serving import export
 from longtail.training import inference
 from longtail.workflow import files
 
@@ -249,8 +249,9 @@ def test_whatever_is_asked_for_is_features_or_its_row_is_named(values):
 @pytest.mark.parametrize("turn", [False, True])
 def test_what_is_served_is_decoded_as_the_pipeline_decodes_it(fit, turn):
     """A wide photograph with EXIF's orientation, and 16-bit grey."""
-    from longtail.data import decode
     from longtail.tracking.served import Served
+
+    from longtail.data import decode
 
     served, rng = Served(), np.random.default_rng(0)
     served.about = {"size": 8, "channels": 3, "fit": fit, "exif_orientation": turn}

@@ -17,7 +17,7 @@ from torch import nn
 from longtail import networks, posthoc
 from longtail.data import batches
 from longtail.networks import backbones
-from longtail.tracking import export
+from longtail.serving import export
 from longtail.training import features, inference
 from longtail.workflow import files, params
 

@@ -22,7 +22,7 @@ from longtail.data import batches
 from longtail.finetuning import predict, train, trunk
 from longtail.losses import BaseLoss
 from longtail.networks import backbones, tuned
-from longtail.tracking import export
+from longtail.serving import export
 from longtail.training import inference
 from longtail.workflow import files, manifest, params, pipeline
 

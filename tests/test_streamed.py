@@ -157,7 +157,7 @@ def test_without_ratios_there_is_the_uniform_test_set_alone(cell: Path) -> None:
 
 
 def test_shown_logits_are_enough_for_exports(cell: Path) -> None:
-    from longtail.tracking import export
+    from longtail.serving import export
 
     assert streamed.SHOWN >= export.CHECKED
     assert posthoc.from_dict(files.read_json(cell / "whole.json")["last"]["logit_adjusted"]) is not None

@@ -442,7 +442,7 @@ def do_track(args: argparse.Namespace) -> None:
 
 def do_export(args: argparse.Namespace) -> None:
     """Write a trained cell as a file that needs no code of ours."""
-    from longtail.tracking import export
+    from longtail.serving import export
 
     export.check_target(args.out)
     chosen = export.Trained(Path.cwd(), args.plan, args.cell, args.correction)
@@ -452,7 +452,8 @@ def do_export(args: argparse.Namespace) -> None:
 
 def do_register(args: argparse.Namespace) -> None:
     """Put a trained cell into MLflow's registry."""
-    from longtail.tracking import export, runs
+    from longtail.serving import export
+    from longtail.tracking import runs
 
     chosen = export.Trained(Path.cwd(), args.plan, args.cell, args.correction)
     address = export.register(chosen, Path.cwd(), name=args.name, alias=args.alias, move=args.move)

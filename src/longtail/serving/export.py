@@ -24,6 +24,7 @@ from longtail import networks, posthoc
 from longtail.data import decode
 from longtail.networks import backbones, tuned
 from longtail.posthoc import predictions
+from longtail.streaming import predict
 from longtail.tracking import runs
 from longtail.workflow import cells, files
 from longtail.workflow import params as schema
@@ -112,9 +113,7 @@ class Trained:
         self.reading = {key: source.get(key, value) for key, value in READING.items()}
         data = root / "data" / "long_tail" / f"{dataset}.npz"
         self.streamed = dataset in params.get("streams", {})
-        if self.streamed:  # the images are files; longtail.streaming takes a second that no other cell needs
-            from longtail.streaming import predict
-
+        if self.streamed:  # the images are files
             self.images = predict.first(data, CHECKED)
         else:
             self.images = files.load_arrays(data, "test_images")["test_images"]
