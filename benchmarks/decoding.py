@@ -133,7 +133,7 @@ def loop(folder: Path, *, turns: int, architecture: str, images: int, batch: int
             normalization={"mean": [*MEAN], "std": [*STD]},
         )  # fmt: skip
         window = {"scale": [0.08, 1.0], "ratio": [0.75, 1.3333333]}
-        foreseen = train.announced(loss, splits["train"], stream, {**recipe, "window": window}, 0)
+        foreseen = train.announced(loss, splits["train"], {**recipe, "window": window}, 0)
         training = engine.Training(network, foreseen, splits["train"], seed=0, epochs=100, **recipe)
         steps, ready = images // batch, list[batches.Batch]()
 

@@ -1,6 +1,7 @@
 """A small training on images that are files, as a program of its own, for tests that kill it or have two processes.
 
     python small_stream.py '{"step": 5}'
+    python small_stream.py '{"chain": {}, "step": 9}'      # class-incremental, two classes a step
 
 Works in the current folder, which has data.npz, a stream. `step` (from 1) is where it kills itself: in the middle of
 that step of all; `chunk`, the pixels that are augmented in one go. A checkpoint is written after every step. What each
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 from longtail.data import batches
-from longtail.streaming import train
+from longtail.streaming import chain, train
 from longtail.training import engine
 from longtail.training.checkpoints import Checkpoint
 from longtail.workflow import processes
@@ -41,6 +42,18 @@ RECIPE: dict[str, Any] = {
 }  # fmt: skip
 CELL = {"plan": "p", "dataset": "d", "recipe": "r", "method": "balpoe", "seed": "1"}
 BACKBONE = {"library": "timm", "network": "test_efficientnet", "weights": "none", "resolution": 32}
+PROTOCOL = {
+    "first_classes": 2, "step_classes": 2, "memory": 10, "memory_rule": "total", "selection": "herding",
+    "held_out": 0.2,
+}  # fmt: skip
+CHAIN = {
+    "later": None, "weight_decay_by_step": True, "body": "torchvision", "bias": True, "new_head": "copied",
+    "positive_weights": False,
+}  # fmt: skip
+DISTILLED = {
+    "loss": "ce", "arguments": {}, "replay": True, "distillation": "share", "temperature": 2.0,
+    "teacher": "weight_aligning", "start": "raw",
+}  # fmt: skip
 TUNED = {
     "backbone": "small", "trained_groups": 1, "pretrained_lr": 0.1, "norm_statistics": "frozen", "head": "cosine",
     "scale": 30.0,
@@ -54,6 +67,20 @@ def run(backbone: dict[str, Any] | None = None, method: str = "balpoe", **change
         method={"taus": [0.0, 2.0]} if method == "balpoe" else {}, backbone=backbone, model="model",
         history="history.csv",
     )  # fmt: skip
+
+
+def settings(first: dict[str, Any]) -> dict[str, Any]:
+    """What a chain of `first` and of two classes a step is given."""
+    network = {"architecture": "resnet18", "head": "linear", "scale": 1.0}
+    changed = {"network": network, "batch_size": 8, "drop_last": True, "test_every": 0, "mixup_alpha": 0}
+    recipe = CHAIN | {"first": RECIPE | changed | first}
+    return {"order": {"numpy_seed": 1993}, "protocol": PROTOCOL, "recipe": recipe, "training": DISTILLED}
+
+
+def run_chain(**changes: Any) -> None:
+    """Train a chain of steps in the current folder."""
+    cell = {"plan": "p", "dataset": "d", "seed": "1"}
+    chain.run(cell, "f" * 16, data="data.npz", model="model", history="history.csv", **settings(changes))
 
 
 def main(options: dict[str, Any]) -> None:
@@ -76,7 +103,10 @@ def main(options: dict[str, Any]) -> None:
     Checkpoint.due = lambda self: self.path is not None  # type: ignore[method-assign]
     torch.set_num_threads(1)
     rank = int(os.environ.get("RANK", "0"))
-    run(**options)
+    if "chain" in options:
+        run_chain(**options["chain"])
+    else:
+        run(**options)
     Checkpoint.due = due  # type: ignore[method-assign]
     arrays = {f"images_{n}": images for n, (images, _) in enumerate(seen)}
     arrays |= {f"places_{n}": places for n, (_, places) in enumerate(seen)}

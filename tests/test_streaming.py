@@ -23,8 +23,10 @@ from longtail.data import batches
 from longtail.data.large import feed, index
 from longtail.data.large.pixels import Box, Smaller, Square, Window, draw_box, smaller, square, window
 from longtail.data.large.store import Piece, Store
+from longtail.incremental import predict as predictions
+from longtail.incremental import train as incremental
 from longtail.networks import own, tuned
-from longtail.streaming import images, predict, sets, train
+from longtail.streaming import chain, images, predict, sets, train
 from longtail.training import engine, inference, refit, streamed
 from longtail.training.cell import build
 from longtail.training.checkpoints import Checkpoint
@@ -293,6 +295,85 @@ def test_without_windows_it_is_the_training_of_images_in_memory_to_the_bit(
         [row["test_accuracy"] for row in fitted.history], abs=1e-6
     )
     assert json.loads(Path("model/provenance.json").read_text())[0]["step"] == "train"
+
+
+def chains_of_memory(stream: sets.Stream) -> None:
+    """What the stages of a chain in memory write of the same images: other/model, other.npz."""
+    arrays: dict[str, Any] = {"class_names": stream.class_names}
+    for name, split in in_memory(stream).items():
+        arrays[f"{name}_images"] = split.images.permute(0, 2, 3, 1).numpy()
+        arrays[f"{name}_labels"] = split.labels.numpy()
+    files.save_arrays("memory.npz", **arrays)
+    given = small.settings({})
+    given["recipe"]["first"].pop("window")
+    cell = {"plan": "p", "dataset": "d", "seed": "1"}
+    incremental.run(cell, "m" * 16, data="memory.npz", model="other/model", history="other/history.csv", **given)
+    axes = {key: given[key] for key in ("order", "protocol", "training")}
+    predictions.predict("memory.npz", "other/model", "other.npz", seed=1, **axes)
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_without_windows_a_chain_is_that_of_images_in_memory_to_the_bit(
+    here: Path, monkeypatch: pytest.MonkeyPatch, workers: str
+) -> None:
+    monkeypatch.setenv("LONGTAIL_WORKERS", workers)
+    chains_of_memory(sets.load("data.npz"))
+    given = small.settings({"window": None})
+    small.run_chain(window=None)
+    axes = {key: given[key] for key in ("order", "protocol", "training")}
+    chain.predict("data.npz", "model", "predictions.npz", seed=1, **axes)
+    assert {path.name for path in Path("model").iterdir()} == {path.name for path in Path("other/model").iterdir()}
+    for step in range(3):  # five classes, two at a time
+        name = f"step_{step:02}.safetensors"
+        assert (Path("model") / name).read_bytes() == (Path("other/model") / name).read_bytes()
+    ours, other = files.load_arrays("predictions.npz"), files.load_arrays("other.npz")
+    assert ours.keys() == other.keys()
+    for name, values in ours.items():
+        if name != "provenance":
+            assert np.array_equal(values, other[name]), name
+    small.run_chain()
+    assert Path("model/step_00.safetensors").read_bytes() != Path("other/model/step_00.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_chain_killed_in_the_middle_of_an_epoch_ends_with_the_same_bytes(here: Path) -> None:
+    killed, whole = folder(here, "killed"), folder(here, "whole")
+    assert program(whole, workers=2, chain={}) == 0
+    steps = len(files.load_arrays(whole / "seen-0.npz")) // 2
+    assert program(killed, chain={}, step=2) == -signal.SIGKILL
+    assert program(killed, chain={}, workers=2, step=steps // 2) == -signal.SIGKILL
+    assert not (killed / "model").exists() and [*killed.glob("runs/.checkpoints/*/step_*")]
+    assert program(killed, chain={}) == 0
+    names = [path.name for path in (whole / "model").glob("*.safetensors")]
+    for name in [*(f"model/{name}" for name in names), "model/memory.npz", "model/steps.json", "history.csv"]:
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_two_processes_walk_a_chain_as_one(here: Path) -> None:
+    one, two = folder(here, "one"), folder(here, "two")
+    first = {"sync_batch_norm": True, "optimizer": small.RECIPE["optimizer"] | {"lr": 1e-6}}
+    assert program(one, chain=first) == 0
+    assert program(two, chain=first, processes=2) == 0
+    alone = files.load_arrays(one / "seen-0.npz")
+    shared = [files.load_arrays(two / f"seen-{rank}.npz") for rank in (0, 1)]
+    for n in range(len(alone) // 2):
+        for rank, seen in enumerate(shared):
+            assert np.array_equal(seen[f"images_{n}"], alone[f"images_{n}"][rank::2])
+    assert files.read_json(one / "model/steps.json") == files.read_json(two / "model/steps.json")
+    for row, other in zip(*(files.read_csv(where / "history.csv") for where in (one, two)), strict=True):
+        assert float(row["loss"]) == pytest.approx(float(other["loss"]), abs=1e-4)
+
+
+def test_an_image_of_a_class_to_come_is_refused(here: Path) -> None:
+    stream = sets.load("data.npz")
+    with train.reading(stream, torch.device("cpu")) as splits:
+        split: Any = splits["train"]
+        images_of = chain.Files(split.images, split.labels.numpy())
+        rows = np.flatnonzero(images_of.labels_N == 3)
+        assert len(images_of.split(rows, 4, torch.device("cpu"))) == len(rows) > 0
+        with pytest.raises(ValueError, match=r"label 3 is not in 0\.\.2"):
+            images_of.split(rows, 3, torch.device("cpu"))
 
 
 def test_windows_are_drawn_anew_in_each_epoch_and_change_what_is_learned(here: Path) -> None:

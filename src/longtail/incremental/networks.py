@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from longtail import networks
 from longtail.networks import Network, kernels
 from longtail.networks.fused import norm_relu
+from longtail.networks.resnets import check_normalization
 
 
 class BareLinear(nn.Linear):
@@ -75,6 +76,7 @@ class PreActivationResNet(Network):
 
     def __init__(self, settings: dict[str, Any]):
         super().__init__(settings)
+        check_normalization(**{key: settings[key] for key in ("channels", "mean", "std")})
         blocks, width = (settings["depth"] - 2) // 6, settings["width"]
         self.conv1 = nn.Conv2d(settings["channels"], width, 3, 1, 1, bias=False)
         self.group1 = preactivation_group(blocks, width, width, 1)
@@ -89,22 +91,66 @@ class PreActivationResNet(Network):
         return torch.stack([expert(x) for expert in self.experts])
 
 
+class TorchvisionExpert(nn.Module):
+    """The third and fourth layer of torchvision's ResNet, and a head."""
+
+    def __init__(self, layer3: nn.Module, layer4: nn.Module):
+        super().__init__()
+        self.layer3, self.layer4 = layer3, layer4
+        self.head: nn.Module = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        features_BD = self.layer4(self.layer3(x)).mean((2, 3))
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head(features_BD.float())
+
+
+class TorchvisionResNet(Network):
+    """Torchvision's ResNet for larger images, which BiC, UCIR, PODNet, DER and the survey have on ImageNet; drawn as
+    there. Experts share stem and first two layers.
+
+    Args:
+        settings: `architecture` (resnet18, resnet34 or resnet50) and those of every network.
+    """
+
+    def __init__(self, settings: dict[str, Any]):
+        from torchvision import models  # seconds and 160 MB that the small networks do without
+
+        super().__init__(settings)
+        check_normalization(**{key: settings[key] for key in ("channels", "mean", "std")})
+        parts = [getattr(models, settings["architecture"])() for _ in range(settings["experts"])]
+        whole = parts[0]
+        self.conv1, self.bn1 = whole.conv1, whole.bn1
+        self.layer1, self.layer2 = whole.layer1, whole.layer2
+        self.features = int(whole.fc.in_features)
+        self.experts = nn.ModuleList(TorchvisionExpert(part.layer3, part.layer4) for part in parts)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) to logits (E, B, C) in float32."""
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(images)), inplace=True), 3, 2, 1)
+        x = self.layer2(self.layer1(x))
+        return torch.stack([expert(x) for expert in self.experts])
+
+
 def build(**settings: Any) -> Network:
     """A network of these settings, those of longtail.networks and two more.
 
     Args:
-        body: option_a (longtail.networks.ResNet) or preactivation.
+        body: option_a (longtail.networks.ResNet), preactivation, or torchvision, whose network `architecture` names.
         head: linear, bare_linear or cosine.
     """
-    if settings["body"] == "preactivation":
-        made: Network = PreActivationResNet(settings)
+    if settings["body"] == "torchvision":
+        made: Network = TorchvisionResNet(settings)
+    elif settings["body"] == "preactivation":
+        made = PreActivationResNet(settings)
     else:
         kept = {key: value for key, value in settings.items() if key != "body"}
         made = networks.ResNet(**{**kept, "head": "linear", "scale": 1.0})
         made.settings = settings
     kind = BareLinear if settings["head"] == "bare_linear" else networks.HEADS[settings["head"]]
+    features = made.features if isinstance(made, TorchvisionResNet) else 4 * settings["width"]
     for expert in each(made):
-        expert.head = kind(4 * settings["width"], settings["classes"], settings["scale"])
+        expert.head = kind(features, settings["classes"], settings["scale"])
     return made
 
 

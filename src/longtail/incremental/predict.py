@@ -34,11 +34,19 @@ def predict(
     Raises ValueError when networks or memory do not fit the data.
     """
     arrays = files.load_arrays(data)
-    device, names = inference.find_device(), arrays["class_names"]
-    inference.set_up(0)  # nothing is drawn; deterministic algorithms
+    names = arrays["class_names"]
     chain = Chain.of(len(names), order, protocol)
     train = Images(arrays["train_images"], chain.positions(arrays["train_labels"]))
     test = Images(arrays["test_images"], chain.positions(arrays["test_labels"]))
+    of_chain(chain, names, train, test, model, out, training=training, seed=seed)
+
+
+def of_chain(
+    chain: Chain, names: np.ndarray, train: Images, test: Images, model: str, out: str, *, training: dict, seed: int
+) -> None:
+    """The same for images wherever they are; `names` of the classes, in the data set's own order."""
+    device = inference.find_device()
+    inference.set_up(0)  # nothing is drawn; deterministic algorithms
     kept = files.load_arrays(Path(model) / "memory.npz")
     if not np.array_equal(kept["order"], chain.order_C):
         raise ValueError(f"{model}: trained in another class order than {chain.order_C.tolist()}")

@@ -19,6 +19,7 @@ from longtail.incremental import memory, networks, teaching
 from longtail.incremental.data import Chain, Memory
 from longtail.incremental.objective import Objective, Teacher, class_loss
 from longtail.incremental.protocol import Step
+from longtail.losses import BaseLoss
 from longtail.networks import Network, product
 from longtail.training import engine, inference, machine, provenance
 from longtail.training.cell import Progress
@@ -35,6 +36,11 @@ class Images:
 
     images_N: np.ndarray
     labels_N: np.ndarray
+
+    @property
+    def channels(self) -> int:
+        """Of an image."""
+        return int(self.images_N.shape[3])
 
     def split(self, rows: np.ndarray, seen: int, device: torch.device) -> batches.Split:
         """Those rows on the device. Raises ValueError as batches.Split, so for the label of a class not yet seen."""
@@ -86,16 +92,7 @@ def run(
     arrays = files.load_arrays(data, "train_images", "train_labels", "class_names")
     chain = Chain.of(len(arrays["class_names"]), order, protocol)
     images = Images(arrays["train_images"], chain.positions(arrays["train_labels"]))
-    kept = Path("runs/.checkpoints") / fingerprint
-    lock = Checkpoint(kept / "chain.pt", fingerprint)
-    with lock.alone() if processes.rank() == 0 else nullcontext():
-        walk = Walk(cell, chain, images, recipe, training, device, kept, fingerprint)
-        for step in chain.steps:
-            walk.take(step)
-        processes.add_up(torch.zeros(1, device=device))  # wait: nobody reads any more what is removed below
-        if processes.rank() == 0:
-            write(walk, Path(model), history, fingerprint, device)
-            shutil.rmtree(kept)
+    follow(Walk(cell, chain, images, recipe, training, device, fingerprint), Path(model), history)
     processes.stop()
 
 
@@ -110,12 +107,11 @@ class Walk:
         recipe: dict[str, Any],
         training: dict[str, Any],
         device: torch.device,
-        kept: Path,
         fingerprint: str,
     ):
         self.cell, self.chain, self.images, self.device = cell, chain, images, device
-        self.recipe, self.training = recipe, training
-        self.kept, self.fingerprint = kept, fingerprint
+        self.recipe, self.training, self.fingerprint = recipe, training, fingerprint
+        self.kept = Path("runs/.checkpoints") / fingerprint
         self.seed = int(cell["seed"])
         self.memory = Memory(chain, images.labels_N, self.seed)
         self.network: Network | None = None  # of the last step, raw
@@ -163,7 +159,6 @@ class Walk:
 
     def _train(self, step: Step, train_rows: np.ndarray, weights: Path, left: Path) -> None:
         recipe = recipe_of(self.recipe, step)
-        settings = {key: value for key, value in recipe.items() if key not in ("network", "normalization")}
         train = self.images.split(train_rows, step.seen, self.device)
         seed = step_seed(self.seed, step)
         inference.set_up(seed)
@@ -197,9 +192,9 @@ class Walk:
         name = f"{' '.join(self.cell.values())}  step {step.number}"
         first = processes.rank() == 0
         with Progress(name, recipe["epochs"]) if first else nullcontext() as progress:
-            fitted = engine.fit(
-                network, objective, train, None, None, seed=seed, checkpoint=checkpoint,
-                on_epoch=progress.show if progress else lambda row: None, **settings,
+            fitted = self._fit(
+                network, objective, train, recipe, seed=seed, checkpoint=checkpoint,
+                on_epoch=progress.show if progress else lambda row: None,
             )  # fmt: skip
         ranked = self._select(step, network)
         history = [{"step": step.number} | {key: row[key] for key in HISTORY[1:]} for row in fitted.history]
@@ -210,12 +205,19 @@ class Walk:
             checkpoint.remove()
         processes.add_up(torch.zeros(1, device=self.device))  # wait: all read what the first one has written
 
+    def _fit(
+        self, network: Network, objective: BaseLoss, train: batches.Split, recipe: dict[str, Any], **how: Any
+    ) -> engine.Fitted:
+        """One step's training. Images that are files are told here what comes next (longtail.streaming.chain)."""
+        settings = {key: value for key, value in recipe.items() if key not in ("network", "normalization")}
+        return engine.fit(network, objective, train, None, None, **how, **settings)
+
     def _student(self, step: Step, recipe: dict[str, Any]) -> Network:
         """The network that a step starts from."""
         if self.network is None:
             loss = class_loss(self.training["loss"], torch.ones(step.seen), self.training["arguments"], 1.0)
             made = networks.build(
-                channels=self.images.images_N.shape[3], classes=step.seen, experts=loss.experts if loss else 1,
+                channels=self.images.channels, classes=step.seen, experts=loss.experts if loss else 1,
                 body=self.recipe["body"], **recipe["network"], **recipe["normalization"],
             )  # fmt: skip
             if not self.recipe["bias"]:
@@ -255,7 +257,19 @@ class Walk:
         return torch.from_numpy(scale_C).float(), torch.from_numpy(shift_C).float()
 
 
-def write(walk: Walk, folder: Path, history: str, fingerprint: str, device: torch.device) -> None:
+def follow(walk: Walk, model: Path, history: str) -> None:
+    """Take all steps, and write what they leave."""
+    lock = Checkpoint(walk.kept / "chain.pt", walk.fingerprint)
+    with lock.alone() if processes.rank() == 0 else nullcontext():
+        for step in walk.chain.steps:
+            walk.take(step)
+        processes.add_up(torch.zeros(1, device=walk.device))  # wait: nobody reads any more what is removed below
+        if processes.rank() == 0:
+            write(walk, model, history)
+            shutil.rmtree(walk.kept)
+
+
+def write(walk: Walk, folder: Path, history: str) -> None:
     """The chain's outs: the networks, rows of memory, what is known of how they were made."""
     for step in walk.chain.steps:
         name = f"step_{step.number:02}.safetensors"
@@ -267,12 +281,15 @@ def write(walk: Walk, folder: Path, history: str, fingerprint: str, device: torc
     )
     files.write_json(folder / "steps.json", walk.sizes)
     files.write_csv(history, walk.rows, HISTORY)
-    precision = inference.precision_on(device, walk.recipe["first"]["precision"])
-    provenance.write(folder, [provenance.record("train", device, precision=precision, first_epoch=walk.first_epoch)])
+    precision = inference.precision_on(walk.device, walk.recipe["first"]["precision"])
+    provenance.write(
+        folder, [provenance.record("train", walk.device, precision=precision, first_epoch=walk.first_epoch)]
+    )
     images = sum(
         sizes["train_images"] * recipe_of(walk.recipe, step)["epochs"]
         for sizes, step in zip(walk.sizes, walk.chain.steps, strict=True)
     )
     machine.write(
-        folder, fingerprint, device, seconds=walk.seconds, precision=precision, images_per_s=images / walk.seconds
-    )
+        folder, walk.fingerprint, walk.device, seconds=walk.seconds, precision=precision,
+        images_per_s=images / walk.seconds,
+    )  # fmt: skip

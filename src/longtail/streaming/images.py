@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -105,6 +106,10 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.pieces)
+
+    def of(self, rows: np.ndarray) -> "Images":
+        """Those rows (n,), as images of their own."""
+        return Images(self.reader, [self.pieces[row] for row in rows], self.square, self.device)
 
     def __getitem__(self, rows: Any) -> Any:
         """Pixels (n, 3, R, R) of rows (n,), the next of the epoch, or of a slice, the next of a look.

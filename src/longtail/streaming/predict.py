@@ -21,7 +21,6 @@ from longtail.data import batches
 from longtail.data.large import feed
 from longtail.networks import own, tuned
 from longtail.streaming import sets
-from longtail.streaming.images import Images
 from longtail.streaming.train import reading
 from longtail.training import inference, machine, provenance, streamed
 from longtail.workflow import files
@@ -104,8 +103,9 @@ def _fitted(split: batches.Split) -> batches.Split:
     labels: Any = split.labels.cpu().numpy()
     rows = streamed.fitted_rows(labels)
     images: Any = split.images
-    kept: Any = Images(images.reader, [images.pieces[row] for row in rows], images.square, images.device)
-    return batches.Split(kept, split.labels[torch.from_numpy(rows).to(split.labels.device)], split.num_classes)
+    return batches.Split(
+        images.of(rows), split.labels[torch.from_numpy(rows).to(split.labels.device)], split.num_classes
+    )
 
 
 def refit(

@@ -49,7 +49,7 @@ def train(
     stream = sets.load(data)
     with reading(stream, device) as splits:
         network, loss, write = _build(splits["train"], cell["method"], method, recipe, backbone, seed, model, history)
-        foreseen = announced(loss, splits["train"], stream, recipe, seed)
+        foreseen = announced(loss, splits["train"], recipe, seed)
         looks = {name: split for name, split in splits.items() if name != "test" or recipe["test_every"]}
         finetuning.run(
             cell, fingerprint, network, foreseen, looks, recipe=recipe, method=method, device=device, model=model,
@@ -76,13 +76,13 @@ def reading(stream: sets.Stream, device: torch.device) -> Iterator[dict[str, bat
         }
 
 
-def announced(loss: BaseLoss, train: batches.Split, stream: sets.Stream, recipe: dict[str, Any], seed: int) -> BaseLoss:
+def announced(loss: BaseLoss, train: batches.Split, recipe: dict[str, Any], seed: int) -> BaseLoss:
     """The loss, which says to the images of `train` what each epoch is going to ask for."""
     images = cast(Any, train.images)
 
     def begin(epoch: int, batch: int) -> None:
         images.begin(
-            as_window(stream.square, recipe.get("window")),
+            as_window(images.square, recipe.get("window")),
             requests(
                 train, epoch=epoch, start_batch=batch, seed=seed, class_balanced=loss.class_balanced_sampling,
                 rank=processes.rank(), world=processes.world(),

@@ -51,8 +51,8 @@ def starts(root: Path, params: Mapping[str, Any]) -> dict[str, Start]:
     """{manifest: its start}.
 
     `train-<method>`, `finetune-<method>` and `stream_train-<method>` for each method with a loss, `refit-<method>` and
-    the like for each that refits a head, `incremental_train-<training>` for each training of chains,
-    `download-<source>`, and `<script>` for every other script of stages/.
+    the like for each that refits a head, `incremental_train-<training>` and `stream_incremental_train-<training>` for
+    each training of chains, `download-<source>`, and `<script>` for every other script of stages/.
     """
     found = {}
     for script in sorted((root / "stages").glob("*.py")):
@@ -67,7 +67,7 @@ def starts(root: Path, params: Mapping[str, Any]) -> dict[str, Start]:
                 export = _export(root, folder, block.get(key, method))
                 if export:
                     found[f"{script.stem}-{method}"] = Start(script, export)
-        elif script.stem == "incremental_train":
+        elif script.stem in ("incremental_train", "stream_incremental_train"):
             for name, block in params.get("incremental", {}).get("trainings", {}).items():
                 found[f"{script.stem}-{name}"] = Start(script, _export(root, "losses", block["loss"]))
         else:

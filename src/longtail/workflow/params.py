@@ -176,6 +176,12 @@ class LargeNetwork(Network):
     architecture: Literal["resnet10", "resnet50", "resnet152", "resnext50_32x4d"]
 
 
+class ChainNetwork(Network):
+    """Of a chain on larger images."""
+
+    architecture: Literal["resnet18", "resnet34", "resnet50"]
+
+
 class FeatureNetwork(Network):
     hidden: Annotated[int, Field(ge=0)]
     standardize: bool
@@ -243,6 +249,10 @@ class CifarRecipe(Recipe):
 class LargeRecipe(Recipe):
     network: LargeNetwork
     window: RandomWindow | None = None
+
+
+class LargeChainRecipe(LargeRecipe):
+    network: ChainNetwork  # type: ignore[assignment]
 
 
 class TunedRecipe(Recipe):
@@ -541,6 +551,13 @@ class IncrementalRecipe(Block):
         return self
 
 
+class LargeIncrementalRecipe(IncrementalRecipe):
+    """A chain's recipe for images of `streams`."""
+
+    first: LargeChainRecipe  # type: ignore[assignment]
+    body: Literal["torchvision"]  # type: ignore[assignment]
+
+
 def _check_incremental(value: dict[str, Any], problems: list[str]) -> None:
     """The section `incremental`: its blocks, and that every name in them has one."""
     section = value["incremental"]
@@ -553,7 +570,8 @@ def _check_incremental(value: dict[str, Any], problems: list[str]) -> None:
     }  # fmt: skip
     for key, model in models.items():
         for name, block in _section(section, key, problems, "incremental.").items():
-            _validated(model, block, f"incremental.{key}.{name}", problems)
+            of_files = key == "recipes" and _large(block)
+            _validated(LargeIncrementalRecipe if of_files else model, block, f"incremental.{key}.{name}", problems)
     if _validated(incremental.Readouts, section["readouts"], "incremental.readouts", problems) is not None:
         settings = section["readouts"]["energy_aligning"]
         _validated(Align, settings, "incremental.readouts.energy_aligning", problems)
@@ -566,12 +584,50 @@ def _check_incremental(value: dict[str, Any], problems: list[str]) -> None:
         if plan in value.get("plans", {}):
             problems.append(f"incremental.plans.{plan}: there is a plan of this name under plans")
         for axis in incremental.AXES[:-1]:
-            there = value.get("datasets") if axis == "datasets" else section[axis]
+            sets = {**_named(value, "datasets"), **_named(value, "streams")}
+            there = sets if axis == "datasets" else section[axis]
             names = block.get(axis) if isinstance(block, dict) else None
             for name in names if isinstance(names, list) else []:
                 if isinstance(there, dict) and isinstance(name, str) and name not in there:
                     known = ", ".join(map(str, there))
                     problems.append(f"incremental.plans.{plan}.{axis} = {name!r}: not in {axis}; there are {known}")
+        _check_chains_of_files(value, plan, block, problems)
+
+
+def _large(block: Any) -> bool:
+    """Whether a recipe of chains names a network for larger images."""
+    for key in ("first", "network"):
+        block = block.get(key) if isinstance(block, dict) else None
+    return isinstance(block, dict) and "architecture" in block
+
+
+def _check_chains_of_files(value: dict[str, Any], plan: str, block: Any, problems: list[str]) -> None:
+    """Chains on images that are read as they are needed have recipes for them; a plan has all such sets, or none."""
+    axes = {axis: block.get(axis) if isinstance(block, dict) else None for axis in ("datasets", "recipes")}
+    datasets, recipes = ([name for name in (names or []) if isinstance(name, str)] for names in axes.values())
+    of_files = [name for name in datasets if name in _named(value, "streams")]
+    if of_files and of_files != datasets:
+        problems.append(
+            f"incremental.plans.{plan}.datasets: {', '.join(of_files)} of `streams`, the others not; another plan "
+            "takes those"
+        )
+    for name in recipes:
+        recipe = _named(value["incremental"], "recipes").get(name)
+        if recipe is not None and _large(recipe) != bool(of_files):
+            problems.append(
+                f"incremental.plans.{plan}: {datasets[0] if datasets else 'its data'} "
+                + (
+                    f"is of `streams`, and the recipe {name} for small images; take one with first.network.architecture"
+                    if of_files
+                    else f"is not of `streams`, and the recipe {name} names an architecture, which only those have"
+                )
+            )
+
+
+def _named(value: dict[str, Any], section: str) -> dict[str, Any]:
+    """A section's blocks; none where it is no mapping."""
+    found = value.get(section)
+    return found if isinstance(found, dict) else {}
 
 
 KINDS = {"loss": ("losses", "Loss.__init__"), "refit": ("heads", "refit")}  # key: folder, function with the settings

@@ -95,7 +95,8 @@ def text(plan: str, params: Mapping[str, Any]) -> str:
     if file(plan).startswith(f"{FOLDER}/"):
         raise ValueError(f"plan {plan!r}: {FOLDER} is the folder of the manifests; give the plan another name")
     if plan in incremental:
-        return _render(INCREMENTAL, plan=plan, cell_files=sorted(INCREMENTAL_FILES))
+        files = bool(set(incremental[plan]["datasets"]) & set(params.get("streams", ())))
+        return _render(INCREMENTAL, plan=plan, cell_files=sorted(INCREMENTAL_FILES), scripts="stream_" if files else "")
     block = params["plans"][plan]
     fused = block.get("fuse", [])
     if len(fused) > 1:  # a matrix cannot give each its own number of networks
