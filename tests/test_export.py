@@ -218,7 +218,7 @@ def test_a_registered_cell_is_served_with_the_pipeline_s_answers(root, monkeypat
     data=st.binary(max_size=80) | st.text(max_size=9) | st.none(), damage=st.integers(0, 76), byte=st.integers(0, 255)
 )
 def test_whatever_is_asked_for_is_an_image_or_its_row_is_named(data, damage, byte):
-    from longtail.tracking.served import Served
+    from longtail.serving.served import Served
 
     served = Served()
     served.about = {"size": 8, "channels": 3, "fit": "squash", "exif_orientation": False}
@@ -234,7 +234,7 @@ def test_whatever_is_asked_for_is_an_image_or_its_row_is_named(data, damage, byt
 @settings(max_examples=60, deadline=None)
 @given(values=st.recursive(st.none() | st.text(max_size=3) | st.floats() | st.integers(), st.lists, max_leaves=5))
 def test_whatever_is_asked_for_is_features_or_its_row_is_named(values):
-    from longtail.tracking.served import Served
+    from longtail.serving.served import Served
 
     served = Served()
     served.about = {"channels": 2}
@@ -249,9 +249,8 @@ def test_whatever_is_asked_for_is_features_or_its_row_is_named(values):
 @pytest.mark.parametrize("turn", [False, True])
 def test_what_is_served_is_decoded_as_the_pipeline_decodes_it(fit, turn):
     """A wide photograph with EXIF's orientation, and 16-bit grey."""
-    from longtail.tracking.served import Served
-
     from longtail.data import decode
+    from longtail.serving.served import Served
 
     served, rng = Served(), np.random.default_rng(0)
     served.about = {"size": 8, "channels": 3, "fit": fit, "exif_orientation": turn}
@@ -267,7 +266,7 @@ def test_what_is_served_is_decoded_as_the_pipeline_decodes_it(fit, turn):
 
 def test_an_image_of_another_size_is_resized():
     """As Pillow does it; the same size stays as it is."""
-    from longtail.tracking.served import Served
+    from longtail.serving.served import Served
 
     served = Served()
     served.about = {"size": 8, "channels": 3, "fit": "squash", "exif_orientation": False}

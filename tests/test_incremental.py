@@ -34,6 +34,7 @@ from longtail.incremental import (
     teaching,
     tracking,
 )  # fmt: skip
+from longtail.incremental.train import recipe_of
 from longtail.tracking.runs import open_store
 from longtail.workflow import chains, declaration, files, params
 
@@ -132,6 +133,34 @@ def test_herding_is_its_slow_twin(doubled):
     assert memory.herding(features, 99).size == 14
     generator = np.random.default_rng(0)
     assert memory.select(features, 10, way="herding", generator=generator).tolist() == found.tolist()
+
+
+def slow_herding_released(features_ND, count):
+    """iCaRL's code: w starts at the mean and moves by mean - x even where x was taken before."""
+    mean = sum(features_ND) / len(features_ND)
+    w, taken = mean, []
+    for _ in range(1000):
+        if len(taken) == count:
+            break
+        best = max(range(len(features_ND)), key=lambda row: float(np.dot(w, features_ND[row])))
+        if best not in taken:
+            taken.append(best)
+        w = w + mean - features_ND[best]
+    rest = sorted(range(len(features_ND)), key=lambda row: -float(np.dot(mean, features_ND[row])))
+    return [*taken, *(row for row in rest if row not in taken)][:count]
+
+
+@pytest.mark.parametrize("count", [5, 40, 60])
+def test_the_released_herding_is_its_slow_twin(count):
+    features = memory.normalised(np.abs(np.random.default_rng(3).normal(size=(60, 4))))
+    assert memory.herding_released(features, count).tolist() == slow_herding_released(features, count)
+
+
+def test_raw_herding_takes_features_as_they_are():
+    features = np.random.default_rng(4).normal(size=(30, 3)) * np.arange(1, 31)[:, None]
+    generator = np.random.default_rng(0)
+    raw, normal = (memory.select(features, 8, way=way, generator=generator) for way in ("herding_raw", "herding"))
+    assert raw.tolist() == slow_herding(features, 8) != normal.tolist()
 
 
 def test_the_released_herding_is_another_one_and_takes_nothing_twice():
@@ -385,6 +414,35 @@ def test_every_kind_of_training_runs_to_the_end(changes, tmp_path, monkeypatch):
     assert "weight_aligning" in found.summary["readouts"]
 
 
+@pytest.mark.parametrize("rule", [{"memory": 24, "memory_rule": "total"}, {"memory": 4, "memory_rule": "per_class"}])
+def test_unequal_steps_go_from_images_to_measures(rule, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LONGTAIL_QUIET", "1")
+    images = small_chain.data(tmp_path / "data.npz", train_size=12)
+    small_chain.run(images, tmp_path / "out", protocol={"first_classes": 3, "step_classes": 2, **rule})
+    found = measures.measure(str(tmp_path / "out/predictions.npz"), SETTINGS)
+    assert found.summary["ends"] == [3, 5, 6]
+    of_groups = {(row["step"], row["group"]): row["accuracy"] for row in found.groups if row["readout"] == "none"}
+    of_steps = {row["step"]: row for row in found.steps if row["readout"] == "none"}
+    for step, classes in ((1, (3, 2)), (2, (3, 2, 1))):  # as many test images of each class
+        mean = sum(of_groups[step, group] * size for group, size in enumerate(classes)) / sum(classes)
+        assert of_steps[step]["accuracy"] == pytest.approx(mean)
+        assert of_steps[step]["new"] == of_groups[step, step]
+    taken = [row for row in found.confusion if row["readout"] == "none"]
+    assert [sum(row["images"] for row in taken if row["step"] == step) for step in (0, 1, 2)] == [15, 25, 30]
+
+
+def test_later_steps_have_what_is_later_and_the_decay_of_their_number():
+    later = {"epochs": 7, "optimizer": {"lr": 0.2, "weight_decay": 0.6}, "schedule": {"shape": "cosine"}}
+    recipe = small_chain.RECIPE | {"later": later, "weight_decay_by_step": True}
+    first, second = (recipe_of(recipe, protocol.Step(number, 2 * number, 2 * number + 2)) for number in (0, 2))
+    assert first == small_chain.FIRST
+    assert second == small_chain.FIRST | later | {"optimizer": {"lr": 0.2, "weight_decay": pytest.approx(0.2)}}
+    assert later["optimizer"]["weight_decay"] == 0.6
+    plain = recipe_of(small_chain.RECIPE | {"weight_decay_by_step": True}, protocol.Step(4, 8, 10))
+    assert plain["optimizer"]["weight_decay"] == pytest.approx(1e-4)
+
+
 def test_balanced_softmax_without_images_of_old_classes_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     images = small_chain.data(tmp_path / "data.npz", train_size=12)
@@ -526,6 +584,35 @@ def test_energy_aligning_removes_a_known_bias_and_what_changes_nothing_is_notice
     assert line.cells()[-1] == "changes no prediction"
 
 
+def test_the_choice_of_a_step_never_sees_a_later_one(tmp_path):
+    rng = np.random.default_rng(6)
+    made = files.load_arrays(predictions(tmp_path / "p.npz", rng))
+    ends = {"ends": np.array([2, 4, 6])}
+    arrays = {name: value for name, value in made.items() if not name[:2].isdigit()} | ends
+    for step, (classes, source) in enumerate(((2, "00"), (4, "00"), (6, "01"))):
+        for name in ("train", "memory", "held_out", "test"):
+            keep = made[f"{source}_{name}_labels"] < classes
+            for kind in ("logits", "labels", "features"):
+                value = made[f"{source}_{name}_{kind}"][keep]
+                arrays[f"0{step}_{name}_{kind}"] = value[:, :classes] if kind == "logits" else value
+        arrays[f"0{step}_weight"], arrays[f"0{step}_bias"] = np.ones((1, classes, 3)), np.zeros((1, classes))
+    before = measures.measure(str(files.save_arrays(tmp_path / "a.npz", **arrays)), SETTINGS)
+    arrays["02_held_out_labels"] = arrays["02_held_out_labels"][::-1].copy()
+    after = measures.measure(str(files.save_arrays(tmp_path / "b.npz", **arrays)), SETTINGS)
+    assert before.summary["energy_chosen"][:2] == after.summary["energy_chosen"][:2]
+    assert before.summary["energy_candidates"] != after.summary["energy_candidates"]
+    rows = [
+        [row for row in one.steps if row["readout"] == readouts.CHOSEN and row["step"] < 2] for one in (before, after)
+    ]
+    assert rows[0] == rows[1] and before.summary["energy_chosen"][0] is None
+    seen = [*readouts.read(arrays)][1]
+    fitted = readouts.corrections(seen, SETTINGS)
+    name = before.summary["energy_chosen"][1]
+    tried = {way for way in fitted if way.startswith("energy_")}
+    best = max(readouts.held_out_accuracy(seen, way, fitted[way], SETTINGS) for way in tried)
+    assert readouts.held_out_accuracy(seen, name, fitted[name], SETTINGS) == best
+
+
 def test_the_choice_of_energy_aligning_never_sees_test_labels(tmp_path):
     path = predictions(tmp_path / "p.npz", np.random.default_rng(1))
     before = measures.measure(path, SETTINGS).summary
@@ -600,18 +687,21 @@ def test_a_report_of_a_chain_says_what_it_rests_on(chain, tmp_path):
     published = files.write_text(
         tmp_path / "published.csv",
         "dataset,protocols,method,classifier,average,last,network,memory,order,source\n"
-        "d,p q,WA,CNN,0.5,,ResNet-32,20,o,somewhere\nd,q,no,CNN,0.9,,N,1,o,elsewhere\n",
+        "d,p q,WA,CNN,0.5,,ResNet-32,24 in total,o,somewhere\nd,q,no,CNN,0.9,,N,1,o,elsewhere\n"
+        'd,p,BiC,"CNN, top-5",0.6,,ResNet-18: another network,20 a class,three,there\n',
     )
     report.write("x", PLAN, cells_dir=cells, published=published, out_dir=tmp_path / "out")
     text = (tmp_path / "out/table.md").read_text()
     assert protocol.order_hash(np.array(small_chain.ORDER["listed"])) in text
-    assert "24 of 24, 24 of 24, 24 of 24" in text and "| WA | CNN | 50.0 | - |" in text and "elsewhere" not in text
+    assert "24 of 24, 24 of 24, 24 of 24" in text and "elsewhere" not in text
+    assert "| WA | CNN | 50.0 | - | ResNet-32 | 24 in total | o | all of the memory trained on | somewhere |" in text
+    assert "| ResNet-18 | 20 a class | three | memory, order, network, top-5 | there |" in text
     assert "1 of 2 cells have run; `longtail status x` says which are to come." in text
     assert "settled for these networks, one seed" in text
     raw = found.summary["readouts"]["none"]
     assert f"| t | as trained | 1 | {100 * raw['average']:.1f} |" in text
     page = (tmp_path / "out/report.html").read_text()
-    assert page.count("<img") == 4 and 'alt="t: ' in page
+    assert page.count("<img") == 6 and 'alt="t: ' in page
     with pytest.raises(ValueError, match="none of the plan's 2 cells has run"):
         report.write("x", PLAN, cells_dir=tmp_path / "no", published=published, out_dir=tmp_path / "out")
 
@@ -711,6 +801,12 @@ def test_cells_are_found_by_their_names():
         ({"protocols": {"b0_10": {"memory_rule": "some"}}}, "memory_rule"),
         ({"trainings": {"replay": {"loss": "nothing"}}}, "no file src/longtail/losses/nothing.py"),
         ({"trainings": {"replay": {"arguments": {"tau": 1.0}}}}, "unknown key"),
+        ({"trainings": {"replay": {"arguments": [1]}}}, "replay.arguments = .1.: "),
+        ({"trainings": {"replay": {"arguments": "x"}}}, "replay.arguments = 'x': "),
+        ({"plans": {"q": {"datasets": ["imagenet_1000"]}}}, "take one with first.network.architecture"),
+        ({"plans": {"q": {"recipes": ["imagenet_bic"]}}}, "names an architecture, which only those have"),
+        ({"plans": {"q": {"datasets": ["imagenet_1000", "digits_all"]}}}, "imagenet_1000 of `streams`, the others not"),
+        ({"recipes": {"imagenet_bic": {"body": "option_a"}}}, "imagenet_bic.body = 'option_a'"),
         ({"trainings": {"replay": {"distillation": "sigmoid"}}}, "goes with loss: bce"),
         ({"trainings": {"replay": {"teacher": "bias_layer"}}}, "no effect without distillation"),
         ({"recipes": {"digits": {"first": {"weight_average": 0.9}}}}, "weight_average must be 0"),

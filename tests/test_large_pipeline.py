@@ -46,8 +46,16 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
     params["recipes"]["places_tune"]["network"]["backbone"] = "small"
     for recipe in ("imagenet_balpoe", "inaturalist_balpoe"):
         params["recipes"][recipe]["network"]["architecture"] = "resnet10"
+    chains = params["incremental"]
+    chains["plans"]["incremental-imagenet-1000"] |= {"trainings": ["distilled", "bic"]}
+    chains["protocols"]["imagenet_b0_10_held_out"] |= {
+        "first_classes": 2, "step_classes": 2, "memory": 16, "held_out": 0.25,
+    }  # fmt: skip
+    chains["recipes"]["imagenet_bic"]["first"] |= {"epochs": 4, "batch_size": 8, "drop_last": True, "precision": "fp32"}
+    chains["recipes"]["imagenet_bic"]["first"]["schedule"] |= {"milestones": [3], "factors": [0.1]}
+    chains["recipes"]["imagenet_bic"]["first"]["optimizer"]["lr"] = 0.02
     (clone.root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
-    for plan in TRAINED:  # other methods, another backbone
+    for plan in (*TRAINED, "incremental-imagenet-1000"):  # other methods, another backbone
         run(clone, "plan", plan)
     return clone
 
@@ -112,3 +120,32 @@ def test_trainings_on_images_go_to_their_report_and_out_of_the_house(clone: Clon
     params.write_text(params.read_text().replace("strength: 1", "strength: 0.9"))
     said = clone.run("dvc", "status", "stages/imagenet-lt/dvc.yaml")
     assert "align-imagenet-lt" in said and "train-imagenet-lt" not in said and "predict-imagenet-lt" not in said
+
+
+@pytest.mark.slow
+def test_classes_of_imagenet_arrive_in_steps(clone: Clone) -> None:
+    params = clone.root / "params.yaml"
+    params.write_text(params.read_text().replace("edition: official", "edition: other"))
+    plan, cell = "incremental-imagenet-1000", "imagenet_1000/seed_1993/imagenet_b0_10_held_out/imagenet_bic"
+    run(clone, "run", plan, "--jobs", "2", workers="0")
+    assert f"{plan}: 2 done of 2 cells" in run(clone, "status", plan)
+    for training in ("distilled", "bic"):
+        summary = files.read_json(clone.root / f"results/{plan}/cells/{cell}/{training}/1/summary.json")
+        assert summary["ends"] == [2, 4, 5] and sorted(summary["order"]) == [*range(5)]
+        assert {"none", "weight_aligning", "bias_layer", "energy_chosen", "nearest_mean"} <= summary["readouts"].keys()
+        assert summary["readouts"]["none"]["average"] > 0.3  # of five classes, each a colour
+    assert "BiC's layer" in (clone.root / f"results/{plan}/table.md").read_text()
+    run(clone, "track", plan)
+    text = params.read_text()
+    params.write_text(text.replace("l2: 0.1", "l2: 0.2"))  # a changed correction trains nothing, looks at no image
+    said = clone.run("dvc", "status", f"stages/{plan}/dvc.yaml")
+    assert f"readout-{plan}" in said and f"train-{plan}" not in said and f"predict-{plan}" not in said
+    changed = yaml.safe_load(text)  # another order is its own chain
+    changed["incremental"]["plans"][plan]["orders"].append("as_numbered")
+    params.write_text(yaml.safe_dump(changed, sort_keys=False))
+    run(clone, "plan", plan)
+    said = clone.run("dvc", "status", f"stages/{plan}/dvc.yaml")
+    stages = [line for line in said.splitlines() if f"train-{plan}@" in line]
+    assert len(stages) == 2 and all("as_numbered" in stage for stage in stages)
+    params.write_text(text)
+    run(clone, "plan", plan)

@@ -17,7 +17,7 @@ from longtail.workflow import files
 
 STEPS = ["step", "readout", "seen", "accuracy", "top5", "old", "new"]
 GROUPS = ["step", "readout", "group", "accuracy"]
-CONFUSION = ["readout", "group", "predicted", "images"]
+CONFUSION = ["step", "readout", "group", "predicted", "images"]
 ENERGIES = ["step", "set", "readout", "old", "new"]
 ENERGY: dict[str, Any] = {"reading": "normalized", "weights": "balanced", "temperature": 1.0}  # how the bias is shown
 
@@ -86,7 +86,8 @@ def measure(predictions: str, correct: Mapping[str, Any]) -> Measured:
     last: dict[str, np.ndarray] = {}
     group_rows: list[dict[str, Any]] = []
     confusion: list[dict[str, Any]] = []
-    for seen, name, scores_NC in readouts.scores(steps, next(iter(candidates), None)):
+    best = [next(iter(of_step), None) for of_step in candidates]
+    for seen, name, scores_NC in readouts.scores(steps, best):
         step, labels_N = seen.step, seen.labels["test"]
         predictions_N = scores_NC.argmax(1)
         right_N = predictions_N == labels_N
@@ -97,14 +98,15 @@ def measure(predictions: str, correct: Mapping[str, Any]) -> Measured:
             "old": accuracy(right_N[labels_N < step.old]), "new": accuracy(right_N[labels_N >= step.old]),
         })  # fmt: skip
         group_N = group_C[labels_N]
+        if step.seen == ends[-1]:
+            last[name] = predictions_N
         for group in range(step.number + 1):
             found = accuracy(right_N[group_N == group])
             group_rows.append({"step": step.number, "readout": name, "group": group, "accuracy": found})
-            if step.seen == ends[-1]:
-                last[name] = predictions_N
-                predicted = np.bincount(group_C[predictions_N[group_N == group]], minlength=len(ends))
+            if name in readouts.SHOWN:
+                predicted = np.bincount(group_C[predictions_N[group_N == group]], minlength=step.number + 1)
                 confusion += [
-                    {"readout": name, "group": group, "predicted": other, "images": int(images)}
+                    {"step": step.number, "readout": name, "group": group, "predicted": other, "images": int(images)}
                     for other, images in enumerate(predicted)
                 ]
     summary = summarise(rows, group_rows, ends)
@@ -114,7 +116,8 @@ def measure(predictions: str, correct: Mapping[str, Any]) -> Measured:
     facts = {
         "classes": len(order), "ends": ends, "order": order.tolist(), "order_sha256": protocol.order_hash(order),
         "sizes": json.loads(str(arrays["sizes"])), "provenance": json.loads(str(arrays["provenance"])),
-        "energy_candidates": candidates, "corrections": [fitted(seen, found) for seen, found in steps],
+        "energy_candidates": candidates[-1], "energy_chosen": best,
+        "corrections": [fitted(seen, found) for seen, found in steps],
     }  # fmt: skip
     return Measured({**facts, "readouts": summary}, rows, group_rows, confusion, energies(steps))
 

@@ -19,6 +19,7 @@ from longtail.posthoc import Affine, Correction
 GROUPINGS = ("old_new", "step", "class")  # simplest first: among equals the first is chosen
 FIT_SETS = {"train": "train", "memory": "train", "held_out": "held-out"}  # name: what posthoc calls it
 CHOSEN = "energy_chosen"
+SHOWN = ("none", "weight_aligning", "bias_layer", "logit_adjusted", CHOSEN, "nearest_mean")  # what pages show first
 
 
 @dataclass(frozen=True)
@@ -120,37 +121,40 @@ def held_out_accuracy(seen: Seen, name: str, correction: Correction, correct: Ma
     return right / len(labels_N)
 
 
-def chosen(steps: list[tuple[Seen, dict[str, Correction]]], correct: Mapping[str, Any]) -> dict[str, float]:
-    """{candidate: mean over steps of its accuracy on held-out memory}, the best first; empty without such images.
+def chosen(
+    steps: list[tuple[Seen, dict[str, Correction]]], correct: Mapping[str, Any]
+) -> list[dict[str, float]]:  # fmt: skip
+    """{candidate: mean of its accuracies on held-out memory up to that step}, the best first, of each step.
 
     The candidates are the ways to align energies, grouping x set; those fitted on held-out images are left out where a
-    class has fewer than two of them to be halved.
+    class has fewer than two of them to be halved. There are none in step 0, and without held-out images.
     """
-    later = [(seen, found) for seen, found in steps if seen.step.number]
-    if not all("held_out" in seen.logits for seen, _ in later):
-        return {}
-    two_each = all(np.bincount(seen.labels["held_out"], minlength=seen.step.seen).min() > 1 for seen, _ in later)
-    names = [
-        name for name in later[0][1]
-        if name.startswith("energy_") and (two_each or not name.endswith("_on_held_out"))
-    ]  # fmt: skip
-    scores = {
-        name: float(np.mean([held_out_accuracy(seen, name, found[name], correct) for seen, found in later]))
-        for name in names
-    }
-    return dict(sorted(scores.items(), key=lambda item: -item[1]))
+    accuracies: dict[str, list[float]] = {}
+    found: list[dict[str, float]] = []
+    for seen, fitted in steps:
+        if seen.step.number and "held_out" in seen.logits:
+            two_each = np.bincount(seen.labels["held_out"], minlength=seen.step.seen).min() > 1
+            for name in fitted:
+                if name.startswith("energy_") and (two_each or not name.endswith("_on_held_out")):
+                    accuracies.setdefault(name, []).append(held_out_accuracy(seen, name, fitted[name], correct))
+        tried = max(map(len, accuracies.values()), default=0)  # those that every step so far could try
+        means = {name: float(np.mean(values)) for name, values in accuracies.items() if len(values) == tried}
+        found.append(dict(sorted(means.items(), key=lambda item: -item[1])))
+    return found
 
 
-def scores(steps: list[tuple[Seen, dict[str, Correction]]], best: str | None) -> Iterator[tuple[Seen, str, np.ndarray]]:
-    """(step, read-out, scores (N, C) of its test images) of all steps."""
-    for seen, found in steps:
+def scores(
+    steps: list[tuple[Seen, dict[str, Correction]]], best: list[str | None]
+) -> Iterator[tuple[Seen, str, np.ndarray]]:  # fmt: skip
+    """(step, read-out, scores (N, C) of its test images) of all steps; `best`: each step's way to align energies."""
+    for (seen, found), way in zip(steps, best, strict=True):
         logits_NC = seen.logits["test"]
         every = steps[-1][1]  # in step 0 all equal the raw one
         for name in every:
             correction = found.get(name, found["none"])
             yield seen, name, correction.transform(logits_NC)
-        if best:
-            yield seen, CHOSEN, found.get(best, found["none"]).transform(logits_NC)
+        if best[-1]:
+            yield seen, CHOSEN, found[way or "none"].transform(logits_NC)
         if "memory" in seen.features:
             nearest = posthoc.NearestMean().fit(seen.features["memory"], seen.labels["memory"])
             yield seen, "nearest_mean", nearest.decision_function(seen.features["test"])

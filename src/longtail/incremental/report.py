@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
-from longtail.incremental.readouts import CHOSEN, FIT_SETS, GROUPINGS
+from longtail.incremental.readouts import CHOSEN, FIT_SETS, GROUPINGS, SHOWN
 from longtail.report import plots
 from longtail.report.answers import spread
 from longtail.report.document import Document, Entry, Part, Section, Table, html, markdown
@@ -21,31 +21,26 @@ from longtail.workflow import files
 from longtail.workflow.chains import Cell, of_plan
 
 OLD_NEW = "energy_old_new_on_memory"
-SHOWN = (
-    "none",
-    "weight_aligning",
-    "bias_layer",
-    "logit_adjusted",
-    CHOSEN,
-    "nearest_mean",
-)  # in pictures and first table
 NAMES = {
     "none": "as trained", "weight_aligning": "Weight Aligning", "weight_aligning_l1": "Weight Aligning, L1",
     "weight_aligning_released": "Weight Aligning, released (L1, at most 1)", "bias_layer": "BiC's layer",
     "logit_adjusted": "logit adjustment", CHOSEN: "energy aligning",
     "nearest_mean": "nearest mean of exemplars",
 }  # fmt: skip
-MEASURES = ("average", "average_later", "average_weighted", "last", "old", "new", "forgetting")
+MEASURES = (
+    "average", "average_later", "average_weighted", "last", "old", "new", "forgetting", "average_later_top5",
+    "last_top5",
+)  # fmt: skip
 HEADER = ("Training", "Read-out", "Seeds", "Average", "without step 0", "by classes", "Last", "old", "new",
-          "Forgetting", "Last against as trained")  # fmt: skip
+          "Forgetting", "Top-5, without step 0", "last", "Last against as trained")  # fmt: skip
 READING = (
     "Accuracy in percent over the test images of all classes seen, last epoch of every step; mean ± sample standard "
     "deviation over seeds. 'Average': mean over steps, the first included, as PyCIL, DER and the survey print it; "
     "'without step 0': as Weight Aligning's release; 'by classes': each step as many times as it has classes. 'Last', "
     "'old' and 'new': after the last step. 'Forgetting': the best accuracy of a step's classes minus the last, mean "
-    "over steps. 'Energy aligning' without more is the grouping and the set that are best on held-out memory. In "
-    "brackets 95 % intervals in points: over test images, paired, and over seeds by Student's t; with one seed over "
-    "images alone."
+    "over steps. Top-5: the class is among the five most probable, as BiC reports it. 'Energy aligning' without more "
+    "is at each step the grouping and the set that were best on held-out memory up to it. In brackets 95 % intervals "
+    "in points: over test images, paired, and over seeds by Student's t; with one seed over images alone."
 )
 CURVES = ("dataset", "order", "protocol", "recipe", "training", "readout", "step", "seen", "accuracy", "sd", "seeds")
 
@@ -79,6 +74,7 @@ class Chain:
     steps: list[dict[str, str]]
     groups: list[dict[str, str]]
     energies: list[dict[str, str]]
+    confusion: list[dict[str, str]]
 
 
 @dataclass
@@ -104,7 +100,8 @@ class Line:
         return [self.training, self.name, str(self.seeds), *shown, gain]
 
 
-PUBLISHED = ("Method", "Classifier", "Average", "Last", "Network", "Memory", "Order", "Source")
+MOST_IN_A_PICTURE = 12  # steps whose shares are written into a picture
+PUBLISHED = ("Method", "Classifier", "Average", "Last", "Network", "Memory", "Order", "Unlike ours", "Source")
 
 
 def readout_name(name: str) -> str:
@@ -158,7 +155,7 @@ def read(plan_name: str, plan: Mapping[str, Any], cells_dir: str | Path) -> tupl
         if not (folder / "summary.json").is_file():
             absent.append(cell)
             continue
-        rows = [files.read_csv(folder / f"{name}.csv") for name in ("steps", "groups", "energies")]
+        rows = [files.read_csv(folder / f"{name}.csv") for name in ("steps", "groups", "energies", "confusion")]
         found.append(Chain(cell, files.read_json(folder / "summary.json"), *rows))
     if not found:
         raise ValueError(f"{cells_dir}: none of the plan's {len(absent)} cells has run")
@@ -253,7 +250,7 @@ def facts(chains: Sequence[Chain]) -> list[str]:
             best = "; ".join(f"{readout_name(name)} {100 * share:.1f} %" for name, share in candidates[:3])
             said.append(
                 f"{chain.cell.training}, seed {chain.cell.seed}: energy aligning is chosen by accuracy on held-out "
-                f"memory, mean over steps: {best}."
+                f"memory, a mean over the steps so far; after the last: {best}."
             )
     return said
 
@@ -267,14 +264,35 @@ def best_first(candidates: Mapping[str, float]) -> list[tuple[str, float]]:
     return sorted(candidates.items(), key=lambda item: (-item[1], order.index(item[0])))
 
 
-def beside(setting: Setting, published: Sequence[Mapping[str, str]]) -> list[list[str]]:
-    """The published rows of a setting: of its data and steps; each says where it differs."""
+def memory_of(summary: Mapping[str, Any]) -> str:
+    """A chain's memory in the words of the published table: '2,000 in total', or '20 a class'."""
+    budgets = [size["memory_budget"] for size in summary["sizes"]]
+    if len(set(budgets)) == 1:
+        return f"{budgets[0]:,} in total"
+    return f"{budgets[0] // summary['ends'][0]} a class"
+
+
+def beside(
+    setting: Setting, summary: Mapping[str, Any], published: Sequence[Mapping[str, str]]
+) -> list[list[str]]:  # fmt: skip
+    """The published rows of a setting: of its data and steps; each says where it differs.
+
+    Args:
+        summary: of one of the setting's chains.
+    """
     rows = []
+    held_out = any(size["held_out_images"] for size in summary["sizes"])
     for row in published:
         if row["dataset"] == setting.dataset and setting.protocol in row["protocols"].split():
             numbers = [f"{100 * float(row[key]):.1f}" if row[key] else "-" for key in ("average", "last")]
+            unlike = ["memory"] if row["memory"] != memory_of(summary) else []
+            unlike += ["order"] if row["order"] != setting.order else []
+            unlike += ["all of the memory trained on"] if held_out and row["method"] != "BiC" else []
+            unlike += ["network"] if "another" in row["network"] else []
+            unlike += ["top-5"] if "top-5" in row["classifier"] else []
             rows.append([
-                row["method"], row["classifier"], *numbers, row["network"], row["memory"], row["order"], row["source"],
+                row["method"], row["classifier"], *numbers, row["network"].partition(":")[0], row["memory"],
+                row["order"], ", ".join(unlike) or "-", row["source"],
             ])  # fmt: skip
     return rows
 
@@ -362,6 +380,32 @@ def energies_figure(mine: Sequence[Chain], training: str) -> plots.Figure:
         return plots.picture(axis, alt, "Above zero, old classes are thought less probable than they are.")
 
 
+def confusion_figure(mine: Sequence[Chain], training: str, readout: str) -> plots.Figure:
+    """Which step's classes are taken for which, after the last step: shares of each row's images, mean over seeds."""
+    count = len(mine[0].summary["ends"])
+    shares = np.zeros((count, count))
+    for chain in mine:
+        for row in chain.confusion:
+            if row["readout"] == readout and int(row["step"]) == count - 1:
+                shares[int(row["group"]), int(row["predicted"])] += float(row["images"])
+    shares /= shares.sum(1, keepdims=True)
+    with plots.axes(plots.SMALL_WIDTH, plots.SMALL_HEIGHT) as axis:
+        axis.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
+        for row, column in np.ndindex(count, count):
+            value = round(float(100 * shares[row, column]))
+            if count <= MOST_IN_A_PICTURE and value:
+                axis.text(column, row, str(value), ha="center", va="center", fontsize=6.5,
+                          color="white" if value > 60 else "#1a1a1a")  # fmt: skip
+        axis.set(xlabel="taken for classes of step", ylabel="classes of step", title=f"{training}: {label(readout)}")
+        places = range(0, count, -(-count // 10))
+        axis.set_xticks(places, [str(place + 1) for place in places])
+        axis.set_yticks(places, [str(place + 1) for place in places])
+        axis.grid(visible=False)
+        newest = 100 * float(shares[:-1, -1].mean())
+        alt = f"{training}, {label(readout)}: {newest:.0f} % of the old classes' images are taken for the newest step's"
+        return plots.picture(axis, alt, "Percent of a step's test images, after the last step.")
+
+
 def last_of(mine: Sequence[Chain], readout: str) -> float:
     """Accuracy after the last step, mean over seeds."""
     return float(np.mean([chain.summary["readouts"][readout]["last"] for chain in mine]))
@@ -389,12 +433,16 @@ def section(
         Part("Old and new classes", "Which step's classes are known at the end.", figures=[
             by_step_figure(of[training], training) for training in by
         ]),
+        Part("Confusion between steps", "Which step's classes are taken for which.", figures=[
+            confusion_figure(of[training], training, name)
+            for training in by for name in ("none", CHOSEN) if name in drawn(of[training])
+        ]),
         Part("Energies", "What aligning makes equal: mean free energies of old and of new classes.", figures=[
             energies_figure(of[training], training) for training in by
         ]),
     ]  # fmt: skip
-    if rows := beside(setting, known):
-        says = f"{len(rows)} published values of these steps; network, memory and order say how alike."
+    if rows := beside(setting, mine[0].summary, known):
+        says = f"{len(rows)} published values of these steps, and in what each is unlike ours; epochs differ by recipe."
         parts.append(Part("Published", says, [Table("Published", PUBLISHED, rows, 2)]))
     parts.append(Part(
         "Order, memory, and what was chosen", "What a number of this kind rests on.",

@@ -19,7 +19,10 @@ from longtail.workflow.manifest import is_manifest
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
 
-OVER_STEPS = ("average", "average_later", "average_weighted", "last", "old", "new", "forgetting")
+OVER_STEPS = (
+    "average", "average_later", "average_weighted", "last", "old", "new", "forgetting", "average_later_top5",
+    "last_top5",
+)  # fmt: skip
 
 
 def sync(root: Path, plans: Mapping[str, Any]) -> tuple[dict[str, int], list[str]]:
@@ -171,7 +174,7 @@ def _metrics(readout: str, summary: Mapping[str, Any], steps: Sequence[Mapping[s
 
     for row in steps:
         if row["readout"] == readout:
-            for name in ("accuracy", "old", "new"):
+            for name in ("accuracy", "old", "new", "top5"):
                 if row[name]:
                     label = "accuracy/all" if name == "accuracy" else f"accuracy/{name}"
                     yield Metric(label, float(row[name]), 0, int(row["step"]))

@@ -577,8 +577,9 @@ def _check_incremental(value: dict[str, Any], problems: list[str]) -> None:
         _validated(Align, settings, "incremental.readouts.energy_aligning", problems)
     trainings = section["trainings"] if isinstance(section["trainings"], dict) else {}
     for name, block in trainings.items():
-        if isinstance(block, dict) and block.get("loss") not in ("bce", None):
-            settings = {"loss": block["loss"], **(block.get("arguments") or {})}
+        arguments = block.get("arguments") if isinstance(block, dict) else None
+        if isinstance(arguments, dict) and block.get("loss") not in ("bce", None):
+            settings = {"loss": block["loss"], **arguments}
             _check_method(f"{name} (incremental.trainings)", settings, problems)
     for plan, block in section["plans"].items() if isinstance(section["plans"], dict) else ():
         if plan in value.get("plans", {}):
