@@ -557,7 +557,14 @@ def test_the_nearest_mean_by_hand():
 
 def predictions(path, rng, changes=0.0):
     """A predictions.npz of two steps, four classes and then two, with a bias to the new ones."""
-    made = {"ends": np.array([4, 6]), "order": np.arange(6), "sizes": np.array("[]"), "provenance": np.array("[]")}
+    names = np.array([*"abcdef"])
+    made = {
+        "ends": np.array([4, 6]),
+        "order": np.arange(6),
+        "class_names": names,
+        "sizes": np.array("[]"),
+        "provenance": np.array("[]"),
+    }
     for step, classes in enumerate((4, 6)):
         for name in ("train", "memory", "held_out", "test"):
             _, raw, labels = biased(rng, 4, 6, 400, beta=1.0, gamma=-2.0 * (changes != 1))
@@ -671,7 +678,7 @@ def test_how_many_images_a_step_trains_on_is_said_of_each_training():
 
     def chain(training, train_images):
         sizes = [{"memory_after": 4, "memory_budget": 4, "held_out_images": 1, "train_images": n} for n in train_images]
-        summary = {"sizes": sizes, "order": [1, 0], "classes": 2, "order_sha256": "x", "ends": [1, 2],
+        summary = {"sizes": sizes, "order": [1, 0], "classes": 2, "order_sha256": "x", "names_sha256": "y", "ends": [1, 2],
                    "energy_candidates": {}}  # fmt: skip
         return SimpleNamespace(summary=summary, cell=SimpleNamespace(order="o", training=training, seed="0"))
 
@@ -693,6 +700,8 @@ def test_a_report_of_a_chain_says_what_it_rests_on(chain, tmp_path):
     report.write("x", PLAN, cells_dir=cells, published=published, out_dir=tmp_path / "out")
     text = (tmp_path / "out/table.md").read_text()
     assert protocol.order_hash(np.array(small_chain.ORDER["listed"])) in text
+    names = "\n".join(f"class {label}" for label in range(6))
+    assert hashlib.sha256(names.encode()).hexdigest() in text
     assert "24 of 24, 24 of 24, 24 of 24" in text and "elsewhere" not in text
     assert "| WA | CNN | 50.0 | - | ResNet-32 | 24 in total | o | all of the memory trained on | somewhere |" in text
     assert "| ResNet-18 | 20 a class | three | memory, order, network, top-5 | there |" in text

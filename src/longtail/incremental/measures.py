@@ -115,6 +115,7 @@ def measure(predictions: str, correct: Mapping[str, Any]) -> Measured:
     order = arrays["order"]
     facts = {
         "classes": len(order), "ends": ends, "order": order.tolist(), "order_sha256": protocol.order_hash(order),
+        "names_sha256": protocol.names_hash(arrays["class_names"].tolist()),
         "sizes": json.loads(str(arrays["sizes"])), "provenance": json.loads(str(arrays["provenance"])),
         "energy_candidates": candidates[-1], "energy_chosen": best,
         "corrections": [fitted(seen, found) for seen, found in steps],

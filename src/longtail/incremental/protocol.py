@@ -49,6 +49,11 @@ def order_hash(order: np.ndarray) -> str:
     return hashlib.sha256(",".join(map(str, order.tolist())).encode()).hexdigest()
 
 
+def names_hash(names: list[str]) -> str:
+    """SHA-256 of the class names, sorted, a line each: two data sets called ImageNet-100 have other synsets."""
+    return hashlib.sha256("\n".join(sorted(map(str, names))).encode()).hexdigest()
+
+
 def boundaries(classes: int, first: int, each: int) -> list[int]:
     """Classes seen after each step: `first`, then `each` more until all are; the last step may be smaller.
 

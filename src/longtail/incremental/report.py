@@ -241,7 +241,7 @@ def facts(chains: Sequence[Chain]) -> list[str]:
     of_which = "; ".join(f"{row} ({', '.join(names)})" if len(trained) > 1 else row for row, names in trained.items())
     said = [
         f"Class order {setting.order}: {listed} ...; SHA-256 of all {summary['classes']} ids joined by commas "
-        f"`{summary['order_sha256']}`.",
+        f"`{summary['order_sha256']}`; of their names, sorted, a line each, `{summary['names_sha256']}`.",
         f"Classes seen after each step: {', '.join(map(str, summary['ends']))}. Images kept: {kept}. Trained on: "
         f"{of_which}; held out of all training, to fit corrections on: {held_out}.",
     ]
