@@ -3,9 +3,12 @@
 import io
 import json
 import math
+import os
 import pickle
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
@@ -219,6 +222,60 @@ def test_a_csv_file_has_as_many_rows_as_samples(tmp_path, text):
         np.testing.assert_allclose(found, ROWS, rtol=1e-6)
 
 
+@pytest.mark.parametrize("header", ["1,2,3,4", "10,20,30,40", "2001,2003,2005,2008", "0.0,1.0,2.0,3.0", "-1,0,1,2"])
+def test_a_header_of_numbers_is_no_sample(tmp_path, header):
+    (tmp_path / "z.csv").write_text(as_csv(ROWS, header))
+    with (
+        pytest.raises(
+            ValueError, match=r"z\.csv: its first line, .* may be a header or a sample: give the columns names"
+        ),
+        tables.opened(tmp_path / "z.csv"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("header", ["image_id,c0,c1,c2,c3", "sample,cat,dog,eel,emu", None])
+def test_a_column_of_whole_numbers_is_no_class(tmp_path, header):
+    places = np.random.default_rng(3).permutation(50)
+    (tmp_path / "z.csv").write_text(as_csv(ROWS, header, index=lambda number: str(places[number])))
+    name = (header or "column 1").split(",")[0]
+    said = rf"column 1, '{name}', (holds whole numbers and others do not: no class\?|is no class by its name)"
+    with pytest.raises(ValueError, match=said), tables.opened(tmp_path / "z.csv"):
+        pass
+
+
+def test_a_masked_class_of_a_table_stays_one(tmp_path):
+    masked = np.concatenate([ROWS, np.full((50, 1), -10000.0)], 1)
+    (tmp_path / "z.csv").write_text(as_csv(masked))
+    with tables.opened(tmp_path / "z.csv") as found:
+        np.testing.assert_allclose(found, masked, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rounding", [2, 0])
+def test_rounded_probabilities_are_warned_of(folder, capsys, rounding):
+    probabilities = np.exp(log_softmax(np.load("test.npy"), axis=1))
+    np.save("p.npy", (100 * probabilities if not rounding else probabilities).round(rounding))
+    correct.main(["p.npy", "--by", "rebalancing", "--out", "out.npy"])
+    said = capsys.readouterr().err
+    kind = "rounded probabilities" if rounding else "percentages"
+    assert said.startswith(f"warning: p.npy: these look like {kind}") and said.count("warning") == 1
+
+
+@pytest.mark.parametrize("kind", tables.KINDS)
+def test_a_disk_that_is_full_is_said_with_the_file(folder, monkeypatch, kind):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    np.save("many.npy", np.random.default_rng(0).normal(size=(4000, 5)))
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails then, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+    try:
+        with pytest.raises(SystemExit, match=rf"error: out\{kind}: "):
+            correct.main(["many.npy", "--by", "rebalancing", "--out", f"out{kind}"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not (folder / f"out{kind}").exists() and not [*folder.glob(".out*")]
+
+
 def test_labels_that_begin_with_0_are_no_header(tmp_path):
     (tmp_path / "y.csv").write_text("0\n1\n2\n")
     with tables.opened(tmp_path / "y.csv") as found:
@@ -343,9 +400,12 @@ FILES = {  # name: (what makes it, what is said of it)
         "column 1, 'shop', is no class",
     ),
     "label.csv": (lambda p: p.write_text(as_csv(ROWS, "a,b,c,label")), "column 4, 'label', is no class by its name"),
-    "counts.csv": (lambda p: p.write_text(as_csv(ROWS, None, str)), "first column, 'column 1', counts the rows (0, 1"),
+    "counts.csv": (
+        lambda p: p.write_text(as_csv(ROWS, None, lambda n: f"{n}.0")),
+        "first column, 'column 1', counts the rows (0, 1",
+    ),
     "image.csv": (
-        lambda p: p.write_text(as_csv(ROWS, "image,cat,dog,frog,truck", lambda n: str(n + 1))),
+        lambda p: p.write_text(as_csv(ROWS, "image,cat,dog,frog,truck", lambda n: f"{n + 1}.0")),
         "its first column, 'image', counts the rows (1, 2, ...): an index?",
     ),
     "maybe.csv": (lambda p: p.write_text("0,1,2\n5,3,4\n"), "its first line, 0,1,2, may be a header or a sample"),
@@ -430,10 +490,12 @@ def broken(folder):
     for name, value in {
         "nan": {"shift": [math.nan] * 5}, "word": {"scale": "x"}, "few": {"shift": [0.0] * 4}, "on": {"fitted_on": "x"},
         "none": {"flags": None}, "nested": {"shift": [[0.0]]}, "long": {"scale": [1.0] * 4},
+        "huge": {"shift": [1e39, 0.0, 0.0, 0.0, 0.0]},
     }.items():  # fmt: skip
         (folder / f"shift_{name}.json").write_text(json.dumps(shift | value))
     (folder / "folder.npy").mkdir()
     (folder / "folder").mkdir()
+    os.mkfifo(folder / "pipe.npy")
     np.savetxt("headed.csv", np.load("test_labels.npy"), fmt="%d", header="0", comments="")
     np.save("tail.npy", np.zeros(60, int))
 
@@ -486,7 +548,9 @@ def broken(folder):
         ("test.npy --by rebalancing --set tau=abc", "test.npy: tau = 'abc'; allowed are finite numbers"),
         ("test.npy --by rebalancing --set tau=nan", "test.npy: tau = 'nan'; allowed are finite numbers"),
         ("test.npy --by rebalancing --set tau=1e999", "test.npy: tau = inf; allowed are finite numbers"),
-        ("test.npy --by rebalancing --set tau=1e300 --out a.npy", "scale 1.0 or shift"),
+        ("test.npy --by rebalancing --set tau=1e300 --out a.npy", "test.npy: scale 1.0 or shift"),
+        ("test.npy --apply shift_huge.json", "shift_huge.json: scale 1.0 or shift"),
+        ("test.npy --labels test_labels.npy --out pipe.npy", "pipe.npy: is no regular file"),
         ("test.npy --by rebalancing --set tau=gone.npy", "gone.npy: no such file"),
         ("test.npy --by rebalancing --set tau=test.npy", "test.npy: tau = array("),
         (

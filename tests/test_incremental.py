@@ -678,8 +678,10 @@ def test_how_many_images_a_step_trains_on_is_said_of_each_training():
 
     def chain(training, train_images):
         sizes = [{"memory_after": 4, "memory_budget": 4, "held_out_images": 1, "train_images": n} for n in train_images]
-        summary = {"sizes": sizes, "order": [1, 0], "classes": 2, "order_sha256": "x", "names_sha256": "y", "ends": [1, 2],
-                   "energy_candidates": {}}  # fmt: skip
+        summary = {
+            "sizes": sizes, "order": [1, 0], "classes": 2, "order_sha256": "x", "names_sha256": "y", "ends": [1, 2],
+            "energy_candidates": {},
+        }  # fmt: skip
         return SimpleNamespace(summary=summary, cell=SimpleNamespace(order="o", training=training, seed="0"))
 
     plain, other = [chain(name, images) for name, images in (("finetune", (9, 9)), ("replay", (9, 13)))]

@@ -5,8 +5,8 @@ import ast
 import inspect
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ CORRECTIONS: dict[str, type[posthoc.Correction]] = {
     "vector": posthoc.VectorScaling,
 }
 ECE_BINS = 15
+NEAR, EXACT = 0.1, 5e-3  # of 1: sums of rounded probabilities, and those that posthoc takes for probabilities
 EXAMPLE = """
 examples:
   longtail correct test.npy --labels test_labels.npy --fit train.npy --fit-labels train_labels.npy --fitted-on train \\
@@ -93,19 +94,38 @@ def run(args: argparse.Namespace) -> None:
                 )
         else:
             correction = _fit(stack, args, logits, labels)
+        try:
+            correction.transform(logits[:1])
+        except ValueError as error:
+            raise ValueError(f"{args.apply or args.fit or args.logits}: {error}") from error
         print(f"{args.apply or _described(correction)}; fitted on {_fitted_on(args, correction)}"
               + "".join(f"; {flag}" for flag in correction.flags))  # fmt: skip
         if labels is not None:
             print(table(logits, labels, correction))
         if args.out:
-            names = tables.class_names(args.logits)
-            with tables.written(args.out, logits.shape, _float(logits), names) as write:
-                for _, part in posthoc.slices(logits):
-                    write(correction.transform(part))
+            with _naming(args.out):
+                _write(args.out, logits, correction, tables.class_names(args.logits))
             print(f"corrected logits: {args.out}")
         if args.shift:
-            files.write_json(args.shift, correction.to_dict())
+            with _naming(args.shift):
+                files.write_json(args.shift, correction.to_dict())
             print(f"scale and shift:  {args.shift}")
+
+
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Whatever stops the writing of a file is said with its name: a full disk tells none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path}: {error.strerror or error}") from error
+
+
+def _write(out: str, logits: np.ndarray, correction: posthoc.Correction, names: Sequence[str] | None) -> None:
+    """The corrected logits, a slice at a time."""
+    with tables.written(out, logits.shape, _float(logits), names) as write:
+        for _, part in posthoc.slices(logits):
+            write(correction.transform(part))
 
 
 def _open(stack: ExitStack, given: str | None) -> np.ndarray | None:
@@ -123,6 +143,7 @@ def _check(path: str, logits: np.ndarray, labels_path: str | None, labels: np.nd
         for where, part in posthoc.slices(logits):
             if not where.start:
                 warn_of_probabilities(part, f"{path}: these logits")
+                _warn_of_rounded(path, part)
             try:
                 posthoc.check(part)
             except ValueError as error:
@@ -136,6 +157,22 @@ def _check(path: str, logits: np.ndarray, labels_path: str | None, labels: np.nd
             header = str(labels_path).endswith(".csv") and labels.shape == (len(logits) + 1,)
             hint = f"; is its first line, {labels[0]:g}, a header? give the column a name" if header else ""
             raise ValueError(f"{labels_path}: {error}{hint}") from error
+
+
+def _warn_of_rounded(path: str, logits: np.ndarray) -> None:
+    """Warn of probabilities that were rounded, or are percent: none is negative, and sums of rows are near 1 or 100."""
+    sums = logits.sum(1, dtype=np.float64)
+    for whole, called in ((1, "rounded probabilities"), (100, "percentages")):
+        near = abs(sums / whole - 1)
+        if logits.shape[1] > 1 and logits.min() >= 0 and logits.max() <= whole and near.max() < NEAR:
+            if whole > 1 or near.max() > EXACT:  # else it has been said
+                said = f"look like {called} (none is negative, each row sums to about {whole})"
+                print(
+                    f"warning: {path}: these {said}, not logits: corrections are of logits; take logarithms of what "
+                    "was not rounded",
+                    file=sys.stderr,
+                )
+            return
 
 
 def _fit(

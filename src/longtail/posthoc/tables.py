@@ -5,6 +5,7 @@ the system's temporary files. Tables of several columns become float32.
 """
 
 import csv
+import math
 import re
 import shutil
 import tempfile
@@ -12,6 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,6 +25,7 @@ KINDS = (".npy", ".npz", ".csv", ".parquet")
 ROWS = 4096  # of a table at a time
 BYTES = 1 << 24  # of an archive at a time
 LINE = 1 << 22  # characters: a longer first line of a CSV file is no row of classes
+LOOKED_AT, FEW = 256, 2  # lines that kinds of columns are told from; so few tell nothing
 NO_CLASSES = re.compile(r"(unnamed: ?\d+|__index_level_\d+__|level_\d+|index|idx|id|label|labels|target|targets|y|)")
 
 
@@ -128,7 +131,10 @@ def _collect(path: Path, parts: Iterable[np.ndarray], target: Path) -> None:
     with body.open("wb") as file:
         for part in parts:
             rows, shape, dtype = rows + len(part), part.shape[1:], part.dtype
-            part.tofile(file)
+            try:
+                part.tofile(file)
+            except OSError as error:
+                raise ValueError(f"{path}: no room for a copy of it in {target.parent} ({error})") from error
     if not rows:
         raise ValueError(f"{path}: no rows")
     with target.open("wb") as file:
@@ -152,6 +158,7 @@ def _csv(path: Path) -> Iterator[np.ndarray]:
     if headed:
         _check_names(path, first)
     names = [f"column {number}" for number in range(1, len(first) + 1)]
+    _check_whole(path, headed, first if headed else names)
     kind = pyarrow.float64() if len(names) == 1 else pyarrow.float32()  # whole numbers up to 2^53 stay whole
     counts = _Counts(path, first if headed else names)
     try:
@@ -198,7 +205,32 @@ def _is_header(path: Path, first: Sequence[str], second: Sequence[str]) -> bool:
                 f"{path}: its first line, {','.join(first)[:40]}, may be a header or a sample: give the columns names"
             )
         return False
-    return not any(_is_number(text) for text in first)
+    numbers = [_is_number(text) for text in first]
+    if len(first) > 1 and all(numbers) and len(second) == len(first):
+        whole = all(float(text).is_integer() for text in first if _is_finite(text))
+        rising = all(float(low) < float(high) for low, high in pairwise(first))
+        if whole and rising and not any(_is_whole(text) for text in second):
+            raise ValueError(
+                f"{path}: its first line, {','.join(first)[:40]}, may be a header or a sample: give the columns names"
+            )
+    return not any(numbers)
+
+
+def _check_whole(path: Path, headed: bool, names: Sequence[str]) -> None:
+    """Raise ValueError for a column of whole numbers beside others, in the first lines: an index, ids, labels."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        lines = [[text.strip() for text in row] for row in islice(csv.reader(file), headed, headed + LOOKED_AT)]
+    rows = [row for row in lines if len(row) == len(names)]
+    whole = [
+        all(_is_whole(row[column]) for row in rows) and len({row[column] for row in rows}) > 1  # else a masked class
+        for column in range(len(names))
+    ]
+    if len(rows) > FEW and sum(whole) == 1 and len(names) > 1:
+        number = whole.index(True)
+        raise ValueError(
+            f"{path}: column {number + 1}, {names[number]!r}, holds whole numbers and others do not: no class? "
+            "leave it out"
+        )
 
 
 def _check_names(path: Path, names: Sequence[str]) -> None:
@@ -318,6 +350,10 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _is_finite(text: str) -> bool:
+    return math.isfinite(float(text))
 
 
 def _is_whole(text: str) -> bool:

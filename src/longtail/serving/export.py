@@ -96,12 +96,8 @@ class Trained:
         self.results = root / cell.results
         saved = files.load_arrays(runs / "predictions.npz", "class_names", "last_test_logits", "test_labels")
         self.classes = [str(text) for text in saved["class_names"]]
-        fitted = files.read_json(runs / "alignment.json")["last"]
-        if correction != "none" and correction not in fitted:
-            raise ValueError(f"{self.title}: no correction {correction!r}; there are none, {', '.join(sorted(fitted))}")
-        given = posthoc.Affine().fit(np.zeros((1, len(self.classes))))
         self.correction_name = correction
-        self.correction = given if correction == "none" else posthoc.from_dict(fitted[correction])
+        self.correction = self._fitted(runs / "alignment.json", correction)
         self.logits = self.correction.transform(predictions.product(saved["last_test_logits"]))
         dataset, backbone = cell.dataset, None
         params = schema.load(root / "params.yaml")
@@ -118,6 +114,24 @@ class Trained:
         else:
             self.images = files.load_arrays(data, "test_images")["test_images"]
         self.deployed = Deployed(self.network, self.correction, backbone).eval()
+
+    def _fitted(self, path: Path, name: str) -> posthoc.Correction:
+        """The correction of that name in a cell's alignment.json. Raises ValueError naming a file that is none."""
+        if name == "none":
+            return posthoc.Affine().fit(np.zeros((1, len(self.classes))))
+        found = files.read_json(path)
+        fitted = found.get("last") if isinstance(found, dict) else None
+        if not isinstance(fitted, dict) or not all(isinstance(one, dict) for one in fitted.values()):
+            raise ValueError(f"{path}: not the corrections of a cell, as the stage `align` writes them")
+        if name not in fitted:
+            raise ValueError(f"{self.title}: no correction {name!r}; there are none, {', '.join(sorted(fitted))}")
+        try:
+            correction = posthoc.from_dict(fitted[name])
+        except ValueError as error:
+            raise ValueError(f"{path}: {name}: {error}") from error
+        if len(correction.shift_) != len(self.classes):
+            raise ValueError(f"{path}: {name} is of {len(correction.shift_)} classes, the cell has {len(self.classes)}")
+        return correction
 
 
 def check_target(out: str | Path) -> Path:

@@ -39,11 +39,13 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
 def check_target(path: str | Path) -> Path:
     """The path, where a file can be written to it: asked before the work, not after it.
 
-    Raises ValueError where it is a folder, or its folder is none.
+    Raises ValueError where it is a folder, a device or a pipe, or its folder is none.
     """
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; expected the name of a file")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: is no regular file, and would be replaced by one")
     above = next(parent for parent in path.absolute().parents if parent.exists())
     if not above.is_dir():
         raise ValueError(f"{path}: {above} is no folder")

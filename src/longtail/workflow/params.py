@@ -334,6 +334,8 @@ class Fuse(Block):
     def _is_another_network(self) -> "Fuse":
         if len(self.fuse) == 1 and not self.mirrored:
             raise ValueError(f"fuse names {self.fuse[0]} alone, whose network it is already; or mirrored: true")
+        if len(set(self.fuse)) < len(self.fuse):
+            raise ValueError(f"fuse names a method twice: {', '.join(self.fuse)}")
         return self
 
 
@@ -604,8 +606,7 @@ def _large(block: Any) -> bool:
 
 def _check_chains_of_files(value: dict[str, Any], plan: str, block: Any, problems: list[str]) -> None:
     """Chains on images that are read as they are needed have recipes for them; a plan has all such sets, or none."""
-    axes = {axis: block.get(axis) if isinstance(block, dict) else None for axis in ("datasets", "recipes")}
-    datasets, recipes = ([name for name in (names or []) if isinstance(name, str)] for names in axes.values())
+    datasets, recipes = (_names(block, axis) for axis in ("datasets", "recipes"))
     of_files = [name for name in datasets if name in _named(value, "streams")]
     if of_files and of_files != datasets:
         problems.append(
@@ -614,15 +615,21 @@ def _check_chains_of_files(value: dict[str, Any], plan: str, block: Any, problem
         )
     for name in recipes:
         recipe = _named(value["incremental"], "recipes").get(name)
-        if recipe is not None and _large(recipe) != bool(of_files):
-            problems.append(
-                f"incremental.plans.{plan}: {datasets[0] if datasets else 'its data'} "
-                + (
-                    f"is of `streams`, and the recipe {name} for small images; take one with first.network.architecture"
-                    if of_files
-                    else f"is not of `streams`, and the recipe {name} names an architecture, which only those have"
-                )
-            )
+        if recipe is None or _large(recipe) == bool(of_files):
+            continue
+        first = datasets[0] if datasets else "its data"
+        if of_files:
+            said = f"{first} is of `streams`, and the recipe {name} for small images; take one with first.network."
+            said += "architecture"
+        else:
+            said = f"{first} is not of `streams`, and the recipe {name} names an architecture, which only those have"
+        problems.append(f"incremental.plans.{plan}: {said}")
+
+
+def _names(block: Any, axis: str) -> list[str]:
+    """The names of a plan's axis; none where it is no list."""
+    names = block.get(axis) if isinstance(block, dict) else None
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def _named(value: dict[str, Any], section: str) -> dict[str, Any]:

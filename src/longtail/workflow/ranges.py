@@ -38,6 +38,9 @@ Count = Annotated[int, Field(ge=1, le=10**6)]
 Channels = Literal[1, 3]
 
 
+MOST_BIASES = 1024  # experts of one network
+
+
 def _one_for_each(value: Any) -> Any:
     """A list as it is; {low, high, count} as a list of that many, to be checked like any other."""
     if not isinstance(value, dict):
@@ -46,6 +49,8 @@ def _one_for_each(value: Any) -> Any:
     numbers = all(isinstance(limit, (int, float)) and not isinstance(limit, bool) for limit in limits)
     if set(value) != {"low", "high", "count"} or not numbers or not isinstance(value["count"], int):
         raise ValueError("a list of numbers, or {low: number, high: number, count: whole number}")
+    if not 0 < value["count"] <= MOST_BIASES:
+        raise ValueError(f"count = {value['count']}: allowed are 1 to {MOST_BIASES}")
     return [float(value["low"])] * value["count"]
 
 
