@@ -1,11 +1,15 @@
 """Whatever is in a file from outside: it is read, or the error names the file; and nothing in it is run."""
 
 import ast
+import pickle
 import random
+import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -15,6 +19,7 @@ from benchmarks.fuzz import READERS, judge
 
 from longtail.data.sources.cifar.fetch import masked
 from longtail.report import document
+from longtail.workflow import files
 
 EACH = 20  # damaged files of a reader, beside those below
 NEVER = [b"", b"\0", b"\xff\xfe", b"\x80\x04.", b"null", b"[[[", b"{", b"PK\x03\x04", b"PAR1PAR1", b"\x93NUMPY\x01\0"]
@@ -91,6 +96,33 @@ def test_nothing_reads_with_the_power_of_pickle() -> None:
     for text in ("torch.load(p)", "pickle.loads(b)", "np.load(p, allow_pickle=True)"):
         call = ast.parse(text, mode="eval").body
         assert isinstance(call, ast.Call) and unsafe(call)
+
+
+def test_no_message_advises_to_read_with_the_power_of_pickle(tmp_path: Path) -> None:
+    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object))
+    torch.save({"a": Path}, tmp_path / "more.pt")
+    (tmp_path / "pickled.npz").write_bytes(pickle.dumps([1]))
+    with pytest.raises(ValueError, match="allow_pickle") as objects:
+        np.load(tmp_path / "objects.npy")
+    with pytest.raises(ValueError, match="allow_pickle") as pickled:
+        files.load_arrays(tmp_path / "pickled.npz")
+    with pytest.raises(pickle.UnpicklingError, match="weights_only") as more:
+        torch.load(tmp_path / "more.pt", weights_only=True)
+    for caught in (objects, pickled, more):
+        said = files.without_advice(f"{tmp_path}: no such thing ({caught.value}); remove it")
+        assert "not read" in said and said.endswith("); remove it")
+        assert not re.search("allow_pickle|weights_only|safe_globals|unsafely|torch.load", said)
+    assert files.without_advice("weights_only is a word") == "weights_only is a word"
+
+
+def test_what_mlflow_serves_listens_on_loopback_unless_told_otherwise() -> None:
+    from mlflow import cli
+    from mlflow.models import cli as models
+
+    for command in (cli.server, models.serve):
+        assert {option.name: option.default for option in command.params}["host"] == "127.0.0.1"
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))]
+    assert not [text for text in texts if re.search(r"--host [\d.]+|0\.0\.0\.0", text)]
 
 
 def test_credentials_are_masked_and_paths_are_not() -> None:

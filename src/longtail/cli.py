@@ -503,7 +503,7 @@ def main() -> None:
     try:
         COMMANDS[args.command](args)
     except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {files.without_advice(str(error))}")
     except OSError as error:
         sys.exit(f"error: {files.said(error)}")
     except KeyboardInterrupt:

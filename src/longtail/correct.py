@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
         try:
             run(parser.parse_args(argv))
         except ValueError as error:
-            sys.exit(f"error: {error}")
+            sys.exit(f"error: {files.without_advice(str(error))}")
         except OSError as error:
             sys.exit(f"error: {files.said(error)}")
 

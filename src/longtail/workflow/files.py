@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import os
+import re
 import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -57,6 +58,20 @@ def check_target(path: str | Path) -> Path:
 def said(error: OSError) -> str:
     """What the system says of a file, the file first."""
     return f"{error.filename}: {error.strerror}" if error.filename is not None and error.strerror else str(error)
+
+
+PICKLED = {  # what libraries say of such a file, with how to open it all the same: what is said here
+    r"Weights only load failed.*\.html\.?": "it holds more than plain weights, which is not read",
+    r"Object arrays cannot be loaded when allow_pickle=False": "it holds objects, which are not read",
+    r"If you trust the file you can load it unsafely.*?`pickle\.load\(\)`\.": "It is not read.",
+}
+
+
+def without_advice(text: str) -> str:
+    """An error's text without a library's advice to open a file with pickle's power, which runs whatever is in it."""
+    for advice, said_here in PICKLED.items():
+        text = re.sub(advice, said_here, text, flags=re.DOTALL)
+    return text
 
 
 def write_text(path: str | Path, text: str) -> Path:

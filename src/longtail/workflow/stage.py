@@ -237,4 +237,5 @@ def run(*flags: str) -> Iterator[tuple[SimpleNamespace, dict[str, Any]]]:
             raise
         if isinstance(error, OSError):
             sys.exit(f"error: {said(error)}")
-        sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
+        text = str(error.args[0] if isinstance(error, KeyError) else error)
+        sys.exit(f"error: {files.without_advice(text)}")
