@@ -21,6 +21,7 @@ class Plan(Block):
     recipes: list[Name] = Field(min_length=1)
     trainings: list[Name] = Field(min_length=1)
     seeds: list[Seed] = Field(min_length=1)
+    portable: bool = False  # as of other plans
 
     @model_validator(mode="after")
     def _no_repeats(self) -> "Plan":

@@ -96,7 +96,13 @@ def text(plan: str, params: Mapping[str, Any]) -> str:
         raise ValueError(f"plan {plan!r}: {FOLDER} is the folder of the manifests; give the plan another name")
     if plan in incremental:
         files = bool(set(incremental[plan]["datasets"]) & set(params.get("streams", ())))
-        return _render(INCREMENTAL, plan=plan, cell_files=sorted(INCREMENTAL_FILES), scripts="stream_" if files else "")
+        return _render(
+            INCREMENTAL,
+            plan=plan,
+            scripts="stream_" if files else "",
+            portable=incremental[plan].get("portable", False),
+            cell_files=sorted(INCREMENTAL_FILES),
+        )
     block = params["plans"][plan]
     fused = block.get("fuse", [])
     if len(fused) > 1:  # a matrix cannot give each its own number of networks
