@@ -244,6 +244,13 @@ def test_a_column_of_whole_numbers_is_no_class(tmp_path, header):
         pass
 
 
+def test_few_rows_and_whole_values_are_no_reason_to_refuse(tmp_path):
+    for text in ("2,0.5,1.25\n1,1.5,0.75\n3,0.2,-0.5\n", "1.0,2.0\n3.0,-4.0\n0.5,1.5\n"):
+        (tmp_path / "z.csv").write_text(text)
+        with tables.opened(tmp_path / "z.csv") as found:
+            assert len(found) == 3
+
+
 def test_a_masked_class_of_a_table_stays_one(tmp_path):
     masked = np.concatenate([ROWS, np.full((50, 1), -10000.0)], 1)
     (tmp_path / "z.csv").write_text(as_csv(masked))
@@ -409,6 +416,11 @@ FILES = {  # name: (what makes it, what is said of it)
         "its first column, 'image', counts the rows (1, 2, ...): an index?",
     ),
     "maybe.csv": (lambda p: p.write_text("0,1,2\n5,3,4\n"), "its first line, 0,1,2, may be a header or a sample"),
+    "two.csv": (
+        lambda p: p.write_text(as_csv(ROWS, None, lambda n: f"{n},{n % 4}")),
+        "column 1, 'column 1', holds whole numbers and others do not",
+    ),
+    "quote.csv": (lambda p: p.write_text(as_csv(ROWS) + '"' + "1" * 200_000), "not a CSV file of numbers"),
     "header.csv": (lambda p: p.write_text(as_csv(ROWS, "id,1,2,3")), "not a CSV file of numbers"),
     "level.parquet": (
         lambda p: parquet.write_table(pyarrow.table(columns(__index_level_0__=np.arange(50))), p),

@@ -18,7 +18,7 @@ DONE, STALE, RUNNING, MISSING = "done", "stale", "running", "missing"
 STATES = (DONE, STALE, RUNNING, MISSING)
 TRAININGS: dict[str, type[Cell] | type[chains.Cell]] = {
     "stages/train.py": Cell, "stages/finetune.py": Cell, "stages/stream_train.py": Cell,
-    "stages/incremental_train.py": chains.Cell,
+    "stages/incremental_train.py": chains.Cell, "stages/stream_incremental_train.py": chains.Cell,
 }  # fmt: skip
 
 

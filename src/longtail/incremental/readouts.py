@@ -138,7 +138,11 @@ def chosen(
                 if name.startswith("energy_") and (two_each or not name.endswith("_on_held_out")):
                     accuracies.setdefault(name, []).append(held_out_accuracy(seen, name, fitted[name], correct))
         tried = max(map(len, accuracies.values()), default=0)  # those that every step so far could try
-        means = {name: float(np.mean(values)) for name, values in accuracies.items() if len(values) == tried}
+        means = {
+            name: float(np.mean(values))
+            for name, values in accuracies.items()
+            if len(values) == tried and name in fitted
+        }
         found.append(dict(sorted(means.items(), key=lambda item: -item[1])))
     return found
 

@@ -28,11 +28,11 @@ NAMES = {
     "nearest_mean": "nearest mean of exemplars",
 }  # fmt: skip
 MEASURES = (
-    "average", "average_later", "average_weighted", "last", "old", "new", "forgetting", "average_later_top5",
-    "last_top5",
+    "average", "average_later", "average_weighted", "last", "old", "new", "forgetting", "average_top5",
+    "average_later_top5", "last_top5",
 )  # fmt: skip
 HEADER = ("Training", "Read-out", "Seeds", "Average", "without step 0", "by classes", "Last", "old", "new",
-          "Forgetting", "Top-5, without step 0", "last", "Last against as trained")  # fmt: skip
+          "Forgetting", "Top-5: average", "without step 0", "last", "Last against as trained")  # fmt: skip
 READING = (
     "Accuracy in percent over the test images of all classes seen, last epoch of every step; mean ± sample standard "
     "deviation over seeds. 'Average': mean over steps, the first included, as PyCIL, DER and the survey print it; "
@@ -288,10 +288,9 @@ def beside(
             unlike = ["memory"] if row["memory"] != memory_of(summary) else []
             unlike += ["order"] if row["order"] != setting.order else []
             unlike += ["all of the memory trained on"] if held_out and row["method"] != "BiC" else []
-            unlike += ["network"] if "another" in row["network"] else []
             unlike += ["top-5"] if "top-5" in row["classifier"] else []
             rows.append([
-                row["method"], row["classifier"], *numbers, row["network"].partition(":")[0], row["memory"],
+                row["method"], row["classifier"], *numbers, row["network"], row["memory"],
                 row["order"], ", ".join(unlike) or "-", row["source"],
             ])  # fmt: skip
     return rows
@@ -388,6 +387,7 @@ def confusion_figure(mine: Sequence[Chain], training: str, readout: str) -> plot
         for row in chain.confusion:
             if row["readout"] == readout and int(row["step"]) == count - 1:
                 shares[int(row["group"]), int(row["predicted"])] += float(row["images"])
+    newest = 100 * float(shares[:-1, -1].sum() / shares[:-1].sum())
     shares /= shares.sum(1, keepdims=True)
     with plots.axes(plots.SMALL_WIDTH, plots.SMALL_HEIGHT) as axis:
         axis.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
@@ -401,7 +401,6 @@ def confusion_figure(mine: Sequence[Chain], training: str, readout: str) -> plot
         axis.set_xticks(places, [str(place + 1) for place in places])
         axis.set_yticks(places, [str(place + 1) for place in places])
         axis.grid(visible=False)
-        newest = 100 * float(shares[:-1, -1].mean())
         alt = f"{training}, {label(readout)}: {newest:.0f} % of the old classes' images are taken for the newest step's"
         return plots.picture(axis, alt, "Percent of a step's test images, after the last step.")
 
@@ -442,7 +441,7 @@ def section(
         ]),
     ]  # fmt: skip
     if rows := beside(setting, mine[0].summary, known):
-        says = f"{len(rows)} published values of these steps, and in what each is unlike ours; epochs differ by recipe."
+        says = f"{len(rows)} published values of these steps; network and epochs are to be held against our recipe."
         parts.append(Part("Published", says, [Table("Published", PUBLISHED, rows, 2)]))
     parts.append(Part(
         "Order, memory, and what was chosen", "What a number of this kind rests on.",

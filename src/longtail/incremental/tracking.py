@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
 
 OVER_STEPS = (
-    "average", "average_later", "average_weighted", "last", "old", "new", "forgetting", "average_later_top5",
-    "last_top5",
+    "average", "average_later", "average_weighted", "last", "old", "new", "forgetting", "average_top5",
+    "average_later_top5", "last_top5",
 )  # fmt: skip
 
 

@@ -5,7 +5,6 @@ the system's temporary files. Tables of several columns become float32.
 """
 
 import csv
-import math
 import re
 import shutil
 import tempfile
@@ -25,7 +24,7 @@ KINDS = (".npy", ".npz", ".csv", ".parquet")
 ROWS = 4096  # of a table at a time
 BYTES = 1 << 24  # of an archive at a time
 LINE = 1 << 22  # characters: a longer first line of a CSV file is no row of classes
-LOOKED_AT, FEW = 256, 2  # lines that kinds of columns are told from; so few tell nothing
+LOOKED_AT, FEW = 256, 8  # lines that kinds of columns are told from; fewer tell nothing
 NO_CLASSES = re.compile(r"(unnamed: ?\d+|__index_level_\d+__|level_\d+|index|idx|id|label|labels|target|targets|y|)")
 
 
@@ -207,9 +206,8 @@ def _is_header(path: Path, first: Sequence[str], second: Sequence[str]) -> bool:
         return False
     numbers = [_is_number(text) for text in first]
     if len(first) > 1 and all(numbers) and len(second) == len(first):
-        whole = all(float(text).is_integer() for text in first if _is_finite(text))
         rising = all(float(low) < float(high) for low, high in pairwise(first))
-        if whole and rising and not any(_is_whole(text) for text in second):
+        if rising and all(map(_is_integer, first)) and not any(map(_is_integer, second)):
             raise ValueError(
                 f"{path}: its first line, {','.join(first)[:40]}, may be a header or a sample: give the columns names"
             )
@@ -219,13 +217,16 @@ def _is_header(path: Path, first: Sequence[str], second: Sequence[str]) -> bool:
 def _check_whole(path: Path, headed: bool, names: Sequence[str]) -> None:
     """Raise ValueError for a column of whole numbers beside others, in the first lines: an index, ids, labels."""
     with path.open(encoding="utf-8-sig", newline="") as file:
-        lines = [[text.strip() for text in row] for row in islice(csv.reader(file), headed, headed + LOOKED_AT)]
+        try:
+            lines = [[text.strip() for text in row] for row in islice(csv.reader(file), headed, headed + LOOKED_AT)]
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: not a CSV file of numbers ({error})") from error
     rows = [row for row in lines if len(row) == len(names)]
     whole = [
         all(_is_whole(row[column]) for row in rows) and len({row[column] for row in rows}) > 1  # else a masked class
         for column in range(len(names))
     ]
-    if len(rows) > FEW and sum(whole) == 1 and len(names) > 1:
+    if len(rows) >= FEW and 0 < sum(whole) < len(names):
         number = whole.index(True)
         raise ValueError(
             f"{path}: column {number + 1}, {names[number]!r}, holds whole numbers and others do not: no class? "
@@ -352,8 +353,9 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _is_finite(text: str) -> bool:
-    return math.isfinite(float(text))
+def _is_integer(text: str) -> bool:
+    """By its value: 2.0 is."""
+    return _is_number(text) and float(text).is_integer()
 
 
 def _is_whole(text: str) -> bool:

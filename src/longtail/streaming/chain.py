@@ -67,6 +67,7 @@ def run(
     """
     device = inference.find_device()
     processes.start(device)
+    inference.set_up(int(cell["seed"]))  # finished steps are looked at, too, before one is trained
     stream = sets.load(data)
     chain = Chain.of(len(stream.class_names), order, protocol)
     with reading(stream, device) as splits:
