@@ -117,8 +117,10 @@ def test_trainings_on_images_go_to_their_report_and_out_of_the_house(clone: Clon
         run(clone, "register", "imagenet-lt", cell, "--name", "x")
     # a changed correction neither trains nor looks at an image
     params = clone.root / "params.yaml"
-    params.write_text(params.read_text().replace("strength: 1", "strength: 0.9"))
+    text = params.read_text()
+    params.write_text(text.replace("strength: 1.0", "strength: 0.9"))
     said = clone.run("dvc", "status", "stages/imagenet-lt/dvc.yaml")
+    params.write_text(text)
     assert "align-imagenet-lt" in said and "train-imagenet-lt" not in said and "predict-imagenet-lt" not in said
 
 
