@@ -44,6 +44,7 @@ PARTS = (
 CELL = "digits_if20-digits-ce-0"
 CHAIN = "digits_all-seed_1993-digits_b0_5-digits-replay-0"
 SHARED, QUICK, STEPS = "stages/dvc.yaml", "stages/quick/dvc.yaml", "stages/incremental-quick/dvc.yaml"
+KIND, TUNED = "stages/kinds/dvc.yaml", "stages/tuned/dvc.yaml"  # plans with the stages that `quick` has not
 ADDRESSES = {
     "download": f"{SHARED}:download@digits",
     "subsample": f"{SHARED}:subsample@digits_if20",
@@ -56,6 +57,17 @@ ADDRESSES = {
     "chain: predict": f"{STEPS}:predict-incremental-quick@{CHAIN}",
     "chain: readout": f"{STEPS}:readout-incremental-quick@{CHAIN}",
     "chain: report": f"{STEPS}:report-incremental-quick",
+    "check": f"{SHARED}:check",
+    "manifests": f"{SHARED}:manifests",
+    "fisher": f"{SHARED}:fisher",
+    "features": f"{SHARED}:features@digits_features",
+    "refit": f"{KIND}:refit-kinds@digits_if20-digits-crt-0",
+    "fuse": f"{KIND}:fuse-kinds@digits_if20-digits-balpoe_apart-0",
+    "compare": f"{KIND}:compare-kinds@{CELL}",
+    "readings": f"{KIND}:readings-kinds",
+    "fine-tuning: train": f"{TUNED}:train-tuned@digits_if20-tune-ce-0",
+    "fine-tuning: predict": f"{TUNED}:predict-tuned@digits_if20-tune-ce-0",
+    "fine-tuning: refit": f"{TUNED}:refit-tuned@digits_if20-tune-crt-0",
 }
 DVC, LONGTAIL = [sys.executable, "-m", "dvc"], [sys.executable, "-m", "longtail.cli"]
 END_S = 5.0  # what was asked to stop is to be gone by then
@@ -142,8 +154,9 @@ class Project:
             name = path.relative_to(self.root).as_posix()
             if not path.is_file() or name.startswith((".git/", ".dvc/")) or "__pycache__" in name:
                 continue
-            if (name.startswith("runs/.checkpoints/") and name.endswith(".lock")) or path.name == "machine.json":
-                continue  # empty files that say who trains; what a machine measured of itself
+            at_work = name.startswith(("runs/.checkpoints/", "runs/.features/")) and name.endswith(".lock")
+            if at_work or path.name == "machine.json":
+                continue  # files that say who is at work, or was; what a machine measured of itself
             if name.endswith("dvc.lock"):
                 found[name] = yaml.safe_load(path.read_text())
             else:
@@ -225,19 +238,36 @@ def whole(text: str) -> bool:
 def small(params: dict[str, Any], seeds: int, plans: Mapping[str, str]) -> dict[str, Any]:
     """params.yaml with what a tiny project needs, and no more."""
     quick = params["plans"]["quick"] | {"methods": ["ce"], "seeds": list(range(seeds))}
-    params["plans"] = {"quick": quick}
+    params["plans"] = {
+        "quick": quick,
+        "kinds": quick | {
+            "methods": ["ce", "balanced_softmax", "crt", "balpoe_apart"], "trained": ["ce", "balanced_softmax"],
+            "refit": ["crt"], "fuse": ["balpoe_apart"], "seeds": [0], "readings": True,
+        },
+        "tuned": quick | {
+            "recipes": ["tune"], "methods": ["ce", "crt"], "trained": ["ce"], "refit": ["crt"], "seeds": [0],
+        },
+    }  # fmt: skip
     for name, dataset in plans.items():
         params["plans"][name] = quick | {"datasets": [dataset], "seeds": [0]}
         params["datasets"][dataset] = params["datasets"]["digits_if20"] | {"seed": len(params["plans"])}
     keep = {"digits_if20", "digits_all", *plans.values()}
     params["datasets"] = {name: block for name, block in params["datasets"].items() if name in keep}
     params["sources"] = {"digits": params["sources"]["digits"]}
-    params["features"] = {"unused": next(iter(params["features"].values())) | {"dataset": "digits_all"}}
-    params["methods"] = {"ce": params["methods"]["ce"]}
+    params["backbones"] |= {
+        "small": {"library": "timm", "network": "test_efficientnet", "weights": "none", "resolution": 32}
+    }
+    params["features"] = {"digits_features": {"dataset": "digits_if20", "backbone": "small"}}
+    params["methods"] = {name: params["methods"][name] for name in ("ce", "balanced_softmax", "crt", "balpoe_apart")}
+    params["methods"]["crt"]["epochs"] = 3
+    params["methods"]["balpoe_apart"]["fuse"] = ["ce", "balanced_softmax"]
+    params["fisher"] |= {"few_images": [200], "many_images": 1000, "seeds": [0, 1], "taus": [[1], [0, 2]]}
+    tune = params["recipes"]["tune"] | {"epochs": 2}
+    tune["network"]["backbone"] = "small"
     recipe = params["recipes"]["digits"]
     recipe |= {"epochs": 3, "batch_size": 64, "network": recipe["network"] | {"width": 4}}
     recipe["schedule"]["warmup_epochs"] = 1
-    params["recipes"] = {"digits": recipe}
+    params["recipes"] = {"digits": recipe, "tune": tune}
     params["evaluate"]["distribution_draws"] = 1
     chains = params["incremental"]
     chains["plans"] = {
@@ -336,8 +366,7 @@ class Bench:
         self.whole = folder / "whole"
         if not self.whole.exists():
             first = Project(folder / "first").make()
-            first.run([*DVC, "repro"])
-            first.run([*DVC, "repro", STEPS])
+            first.run([*DVC, "repro", "quick", STEPS, KIND, TUNED, ADDRESSES["fisher"], ADDRESSES["features"]])
             first.root.rename(self.whole)
         self.expected = Project(self.whole).tree()
         self.project = Project((place or folder) / "project")

@@ -20,6 +20,7 @@ import yaml
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from scipy.special import softmax
 
 from longtail import losses, posthoc
@@ -29,6 +30,7 @@ from longtail.incremental import (
     memory,
     networks,
     objective,
+    outcomes,
     protocol,
     readouts,
     report,
@@ -588,7 +590,7 @@ def test_energy_aligning_removes_a_known_bias_and_what_changes_nothing_is_notice
     gap = {row["readout"]: row["old"] - row["new"] for row in found.energies if row["set"] == "test"}
     assert abs(gap["energy_old_new_on_held_out"]) < 0.3 < gap["none"]
     assert of["weight_aligning"]["last_changed"] == 0  # all rows have one norm
-    line = report.Line("t", "weight_aligning", 1, {key: (0.5, None) for key in report.MEASURES}, (0, 0, 0), False)
+    line = outcomes.Line("t", "weight_aligning", 1, {key: (0.5, None) for key in outcomes.MEASURES}, (0, 0, 0), False)
     assert line.cells()[-1] == "changes no prediction"
 
 
@@ -663,10 +665,54 @@ def test_averages_and_forgetting_by_hand():
 
 
 def test_intervals_are_over_images_and_seeds():
-    mean, low, high = report.interval([0.04], [0.01])
+    mean, low, high = outcomes.interval([0.04], [0.01])
     assert (mean, low, high) == pytest.approx((0.04, 0.04 - 0.0196, 0.04 + 0.0196))
-    mean, low, high = report.interval([0.03, 0.05], [1e-9, 1e-9])  # seeds alone: Student's t with one degree
+    mean, low, high = outcomes.interval([0.03, 0.05], [1e-9, 1e-9])  # seeds alone: Student's t with one degree
     assert (high - low) / 2 == pytest.approx(12.706 * 0.01, rel=1e-3) and mean == pytest.approx(0.04)
+
+
+def outcome(training, order, seed, last, gain=0.1):
+    """A finished chain as reports read it: accuracies after the last of two steps, of 200 test images."""
+    values = {key: last for key in outcomes.MEASURES} | {"last_gain": 0.0, "last_gain_se": 0.0, "last_changed": 0.0}
+    corrected = values | {"last": last + gain, "last_gain": gain, "last_gain_se": 0.02, "last_changed": 0.3}
+    confusion = [{"readout": "none", "step": "1", "images": "100"}] * 2
+    confusion += [{"readout": "none", "step": "0", "images": "100"}, {"readout": outcomes.CHOSEN, "step": "1"}]
+    summary = {"ends": [1, 2], "readouts": {"none": values, outcomes.CHOSEN: corrected}}
+    return outcomes.Chain(chains.Cell("x", "d", order, "p", "r", training, seed), summary, [], [], [], confusion)
+
+
+def test_trainings_are_compared_in_pairs_of_seeds_and_of_orders():
+    one = [outcome("a", "o", seed, last) for seed, last in (("1", 0.5), ("2", 0.54), ("3", 0.9))]
+    other = [outcome("b", "o", seed, last) for seed, last in (("1", 0.4), ("2", 0.48))]
+    count, (mean, low, high) = outcomes.difference(one, other, ("none", "none"))
+    assert count == 2 and mean == pytest.approx(0.08)  # the third has no partner
+    images = np.mean([(0.5 * 0.5 + 0.4 * 0.6) / 200, (0.54 * 0.46 + 0.48 * 0.52) / 200])
+    seeds = np.var([0.1, 0.06], ddof=1) / 2
+    half = stats.t.ppf(0.975, (images + seeds) ** 2 / seeds**2) * np.sqrt(images + seeds)  # Welch and Satterthwaite
+    assert (low, high) == pytest.approx((mean - half, mean + half))
+    assert outcomes.difference(one, other, (outcomes.CHOSEN, "none"))[1][0] == pytest.approx(0.18)
+    assert outcomes.difference(one[2:], other, ("none", "none")) == (0, None)
+    itself = outcomes.difference(one, one, ("none", "none"))[1]
+    assert itself[0] == 0 and itself[1] < 0 < itself[2]
+
+
+def test_over_class_orders_seeds_of_one_order_are_averaged():
+    mine = [outcome("t", *place, last, gain) for place, last, gain in (
+        (("o", "1"), 0.5, 0.1), (("o", "2"), 0.6, 0.2), (("p", "1"), 0.3, 0.05)
+    )]  # fmt: skip
+    raw, chosen = outcomes.lines(mine, "t", "order")
+    assert raw.count == chosen.count == 2 and raw.measures["last"][0] == pytest.approx((0.55 + 0.3) / 2)
+    assert chosen.gain == pytest.approx(outcomes.interval([0.15, 0.05], [0.02, 0.02]))
+    assert outcomes.lines(mine, "t")[0].count == 2 and outcomes.lines([mine[0]], "t")[0].measures["last"] == (0.5, None)
+    plan = PLAN | {"orders": ["o", "p"], "trainings": ["t", "u"], "seeds": ["1", "2"]}
+    (section,) = report.over_orders(plan, [*mine, outcome("u", "o", "1", 0.9)])  # u ran in one order alone
+    assert section.name == "d · p · r, over class orders" and [row[0] for row in section.table.lines] == ["t"]
+    assert section.table.lines[0][1] == "2" and "sample standard deviation over class orders" in section.table.note
+    assert report.over_orders(plan, mine[:2]) == []
+    (section,) = report.over_orders(plan, [*mine, outcome("u", "o", "1", 0.4), outcome("u", "p", "1", 0.2)])
+    (table,) = section.parts[1].tables
+    ((name, count, raw, both),) = table.lines
+    assert (name, count) == ("u", "2") and raw.startswith("-10.0 [") and both.startswith("-7.5 [")
 
 
 PLAN = {"datasets": ["d"], "orders": ["o"], "protocols": ["p"], "recipes": ["r"], "trainings": ["t"], "seeds": [0, 1]}
@@ -862,10 +908,10 @@ def test_params_that_do_not_fit_are_named(change, message):
 
 def test_what_is_pictured_is_what_aligning_surely_changes_most():
     def line(readout, gain):
-        return report.Line("t", readout, 2, {key: (0.5, None) for key in report.MEASURES}, gain, True)
+        return outcomes.Line("t", readout, 2, {key: (0.5, None) for key in outcomes.MEASURES}, gain, True)
 
-    chosen, old_new = line(report.CHOSEN, (14.5, 13.5, 15.4)), line(report.OLD_NEW, (6.9, 6.0, 7.7))
+    chosen, old_new = line(outcomes.CHOSEN, (14.5, 13.5, 15.4)), line(outcomes.OLD_NEW, (6.9, 6.0, 7.7))
     raw = line("none", None)
-    assert report.gain({"none": raw, report.OLD_NEW: old_new, report.CHOSEN: chosen}) == 13.5
-    assert report.gain({"none": raw, report.OLD_NEW: old_new}) == 6.0
-    assert report.gain({"none": raw}) == 0
+    assert outcomes.gain({"none": raw, outcomes.OLD_NEW: old_new, outcomes.CHOSEN: chosen}) == 13.5
+    assert outcomes.gain({"none": raw, outcomes.OLD_NEW: old_new}) == 6.0
+    assert outcomes.gain({"none": raw}) == 0

@@ -4,189 +4,48 @@ Percent and points are in text only; files hold shares.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from scipy.special import stdtrit
-
+from longtail.incremental import pictures
+from longtail.incremental.outcomes import (
+    NAMES,
+    Chain,
+    Line,
+    Setting,
+    aligned,
+    by_unit,
+    difference,
+    gain,
+    lines,
+    mean_sd,
+    over_seeds,
+    points,
+    read,
+    readout_name,
+    settings,
+)
 from longtail.incremental.readouts import CHOSEN, FIT_SETS, GROUPINGS, SHOWN
-from longtail.report import plots
 from longtail.report.answers import spread
 from longtail.report.document import Document, Entry, Part, Section, Table, html, markdown
 from longtail.report.document import Line as Said
 from longtail.workflow import files
-from longtail.workflow.chains import Cell, of_plan
+from longtail.workflow.chains import Cell
 
-OLD_NEW = "energy_old_new_on_memory"
-NAMES = {
-    "none": "as trained", "weight_aligning": "Weight Aligning", "weight_aligning_l1": "Weight Aligning, L1",
-    "weight_aligning_released": "Weight Aligning, released (L1, at most 1)", "bias_layer": "BiC's layer",
-    "logit_adjusted": "logit adjustment", CHOSEN: "energy aligning",
-    "nearest_mean": "nearest mean of exemplars",
-}  # fmt: skip
-MEASURES = (
-    "average", "average_later", "average_weighted", "last", "old", "new", "forgetting", "average_top5",
-    "average_later_top5", "last_top5",
-)  # fmt: skip
-HEADER = ("Training", "Read-out", "Seeds", "Average", "without step 0", "by classes", "Last", "old", "new",
+UNITS = {"seed": ("Seeds", "seeds"), "order": ("Orders", "class orders")}
+HEADER = ("Average", "without step 0", "by classes", "Last", "old", "new",
           "Forgetting", "Top-5: average", "without step 0", "last", "Last against as trained")  # fmt: skip
 READING = (
     "Accuracy in percent over the test images of all classes seen, last epoch of every step; mean ± sample standard "
-    "deviation over seeds. 'Average': mean over steps, the first included, as PyCIL, DER and the survey print it; "
+    "deviation over {over}. 'Average': mean over steps, the first included, as PyCIL, DER and the survey print it; "
     "'without step 0': as Weight Aligning's release; 'by classes': each step as many times as it has classes. 'Last', "
     "'old' and 'new': after the last step. 'Forgetting': the best accuracy of a step's classes minus the last, mean "
     "over steps. Top-5: the class is among the five most probable, as BiC reports it. 'Energy aligning' without more "
     "is at each step the grouping and the set that were best on held-out memory up to it. In brackets 95 % intervals "
-    "in points: over test images, paired, and over seeds by Student's t; with one seed over images alone."
+    "in points: over test images, paired, and over {over} by Student's t; with one seed over images alone."
 )
 CURVES = ("dataset", "order", "protocol", "recipe", "training", "readout", "step", "seen", "accuracy", "sd", "seeds")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What trainings are compared in: the same images in the same order, the same memory, the same recipe."""
-
-    dataset: str
-    order: str
-    protocol: str
-    recipe: str
-
-    @classmethod
-    def of(cls, cell: Cell) -> "Setting":
-        """That of a cell."""
-        return cls(cell.dataset, cell.order, cell.protocol, cell.recipe)
-
-    @property
-    def title(self) -> str:
-        """For a heading."""
-        return f"{self.dataset} · {self.order} · {self.protocol} · {self.recipe}"
-
-
-@dataclass(frozen=True)
-class Chain:
-    """A finished cell: its summary, and the rows of its steps and groups."""
-
-    cell: Cell
-    summary: dict[str, Any]
-    steps: list[dict[str, str]]
-    groups: list[dict[str, str]]
-    energies: list[dict[str, str]]
-    confusion: list[dict[str, str]]
-
-
-@dataclass
-class Line:
-    """A training with one read-out, over seeds."""
-
-    training: str
-    readout: str
-    seeds: int
-    measures: dict[str, tuple[float, float | None]]  # mean, sample standard deviation
-    gain: tuple[float, float, float] | None  # of the last step against as trained: value, low, high
-    changed: bool  # whether any prediction of the last step is another one than as trained
-
-    @property
-    def name(self) -> str:
-        """The read-out in words."""
-        return readout_name(self.readout)
-
-    def cells(self) -> list[str]:
-        """The line of the table."""
-        shown = [spread(*self.measures[key]) for key in MEASURES]
-        gain = points(self.gain) if self.changed or self.gain is None else "changes no prediction"
-        return [self.training, self.name, str(self.seeds), *shown, gain]
-
-
-MOST_IN_A_PICTURE = 12  # steps whose shares are written into a picture
 PUBLISHED = ("Method", "Classifier", "Average", "Last", "Network", "Memory", "Order", "Unlike ours", "Source")
-
-
-def readout_name(name: str) -> str:
-    """A read-out in words: energy_old_new_on_train is 'energy aligning, old/new, on train'."""
-    if name in NAMES:
-        return NAMES[name]
-    grouping, _, on = name.removeprefix("energy_").partition("_on_")
-    shifts = {"class": "each class", "old_new": "old/new", "step": "each step"}[grouping]
-    return f"energy aligning, {shifts}, on {on.replace('_', '-')}"
-
-
-def points(gain: tuple[float, float, float] | None) -> str:
-    """A difference in points with its interval."""
-    if gain is None:
-        return "-"
-    value, low, high = (100 * part for part in gain)
-    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
-
-
-def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation; None of one value."""
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
-
-
-def interval(values: Sequence[float], errors: Sequence[float]) -> tuple[float, float, float]:
-    """(mean, low, high) of a gain over seeds: 95 %, over test images and over seeds.
-
-    Args:
-        values: the gain of each seed.
-        errors: its standard error over test images, which all seeds share.
-    """
-    count, mean = len(values), float(np.mean(values))
-    images = float(np.mean(np.square(errors)))
-    seeds = float(np.var(values, ddof=1)) / count if count > 1 else 0.0
-    if not seeds:
-        half = 1.96 * np.sqrt(images)
-    else:
-        freedom = (images + seeds) ** 2 * (count - 1) / seeds**2
-        half = float(stdtrit(freedom, 0.975)) * np.sqrt(images + seeds)
-    return mean, mean - half, mean + half
-
-
-def read(plan_name: str, plan: Mapping[str, Any], cells_dir: str | Path) -> tuple[list[Chain], list[Cell]]:
-    """The finished cells of a plan, and those that are not there yet.
-
-    Raises ValueError where none is finished, or one's files are no results.
-    """
-    found, absent = [], []
-    for cell in of_plan(plan_name, plan):
-        folder = Path(cells_dir) / cell.path
-        if not (folder / "summary.json").is_file():
-            absent.append(cell)
-            continue
-        rows = [files.read_csv(folder / f"{name}.csv") for name in ("steps", "groups", "energies", "confusion")]
-        found.append(Chain(cell, files.read_json(folder / "summary.json"), *rows))
-    if not found:
-        raise ValueError(f"{cells_dir}: none of the plan's {len(absent)} cells has run")
-    return found, absent
-
-
-def lines(chains: Sequence[Chain], training: str) -> list[Line]:
-    """A training's read-outs, those of SHOWN first."""
-    mine = [chain for chain in chains if chain.cell.training == training]
-    made = []
-    names = list(mine[0].summary["readouts"]) if mine else []
-    for readout in sorted(names, key=lambda name: (name not in SHOWN, SHOWN.index(name) if name in SHOWN else 0)):
-        values = [chain.summary["readouts"][readout] for chain in mine if readout in chain.summary["readouts"]]
-        gain = None
-        if readout != "none":
-            gain = interval([v["last_gain"] for v in values], [v["last_gain_se"] for v in values])
-        measures = {key: mean_sd([value[key] for value in values]) for key in MEASURES}
-        changed = any(value["last_changed"] > 0 for value in values)
-        made.append(Line(training, readout, len(values), measures, gain, changed))
-    return made
-
-
-def aligned(of: Mapping[str, Line]) -> Line | None:
-    """The energy aligning that stands for all: the one chosen on held-out memory, or old/new on the exemplars."""
-    return of.get(CHOSEN) or of.get(OLD_NEW)
-
-
-def gain(of: Mapping[str, Line]) -> float:
-    """What energy aligning surely adds after the last step, the low end of its interval; 0 where it was not tried."""
-    line = aligned(of)
-    return 0.0 if line is None or line.gain is None else line.gain[1]
 
 
 def answer(training: str, of: Mapping[str, Line]) -> str:
@@ -196,7 +55,7 @@ def answer(training: str, of: Mapping[str, Line]) -> str:
     if line is None or line.gain is None:
         return f"{said}."
     sure = "settled" if line.gain[1] > 0 or line.gain[2] < 0 else "not settled"
-    sure += "" if line.seeds > 1 else " for these networks, one seed"
+    sure += "" if line.count > 1 else " for these networks, one seed"
     best = max(of.values(), key=lambda line: line.measures["last"][0])
     return (
         f"{said}, {spread(*line.measures['last'])} % with energy aligning ({points(line.gain)} points, {sure}). "
@@ -204,13 +63,13 @@ def answer(training: str, of: Mapping[str, Line]) -> str:
     )
 
 
-def first_table(by: Mapping[str, Mapping[str, Line]]) -> Table:
+def first_table(by: Mapping[str, Mapping[str, Line]], unit: str) -> Table:
     """Trainings x read-outs: accuracy after the last step, and the average over steps."""
     shown = [name for name in SHOWN if any(name in of for of in by.values())]
     highest = max(line.measures["last"][0] for of in by.values() for name, line in of.items() if name in shown)
     rows: list[list[Entry | str]] = []
     for training, of in by.items():
-        row: list[Entry | str] = [training, str(of["none"].seeds)]
+        row: list[Entry | str] = [training, str(of["none"].count)]
         for name in shown:
             if name not in of:
                 row.append("-")
@@ -221,9 +80,12 @@ def first_table(by: Mapping[str, Mapping[str, Line]]) -> Table:
         rows.append(row)
     note = (
         "Accuracy in percent over the test images of all classes, after the last step; below it the average over "
-        "steps, the first included. Mean ± sample standard deviation over seeds. All columns are of the same networks."
+        f"steps, the first included. Mean ± sample standard deviation over {UNITS[unit][1]}. All columns are of the "
+        "same networks."
     )
-    return Table("Trainings and read-outs", ("Training", "Seeds", *(NAMES[name] for name in shown)), rows, 1, note)
+    return Table(
+        "Trainings and read-outs", ("Training", UNITS[unit][0], *(NAMES[name] for name in shown)), rows, 1, note
+    )
 
 
 def facts(chains: Sequence[Chain]) -> list[str]:
@@ -296,148 +158,71 @@ def beside(
     return rows
 
 
-def over_seeds(
-    chains: Sequence[Chain], rows: str, readout: str, key: str, last: bool = False
-) -> dict[int, list[float]]:
-    """{step or group: accuracies of all seeds} of a read-out; `last`: of the groups, after the last step."""
-    found: dict[int, list[float]] = {}
-    for chain in chains:
-        final = len(chain.summary["ends"]) - 1
-        for row in getattr(chain, rows):
-            if row["readout"] == readout and (not last or int(row["step"]) == final):
-                found.setdefault(int(row[key]), []).append(float(row["accuracy"]))
-    return found
+def every_readout(by: Mapping[str, Mapping[str, Line]], unit: str) -> Part:
+    """All lines of all trainings."""
+    rows = [line.cells() for its in by.values() for line in its.values()]
+    header = ("Training", "Read-out", UNITS[unit][0], *HEADER)
+    says = "All corrections of each training, with the averages that papers report under one name."
+    return Part("Every read-out", says, [Table("Every read-out", header, rows, 2, READING.format(over=UNITS[unit][1]))])
 
 
-def label(name: str) -> str:
-    """A read-out in a legend."""
-    return readout_name(name).split(",")[0]
+def between(leads: str, by: Mapping[str, Mapping[str, Line]], mine: Sequence[Chain], unit: str) -> Part:
+    """Each training against the one that leads: as trained, and both with energy aligning."""
+    of = {training: [chain for chain in mine if chain.cell.training == training] for training in by}
+    rows: list[list[Entry | str]] = []
+    for training in by:
+        if training == leads:
+            continue
+        count, raw = difference(of[training], of[leads], ("none", "none"), unit)
+        row: list[Entry | str] = [training, str(count), points(raw)]
+        first, second = aligned(by[training]), aligned(by[leads])
+        names = (first.readout, second.readout) if first and second else None
+        row.append(points(difference(of[training], of[leads], names, unit)[1]) if names else "-")
+        rows.append(row)
+    note = (
+        f"Points of accuracy after the last step against {leads}, of pairs with the same class order and seed. In "
+        f"brackets 95 % intervals over {UNITS[unit][1]} and over test images, the latter as if each training had its "
+        "own: too wide rather than too narrow."
+    )
+    header = ("Training", UNITS[unit][0], "as trained", "both with energy aligning")
+    return Part(
+        "Between trainings",
+        f"What a training has against {leads}.",
+        [Table("Between trainings", header, rows, 1, note)],
+    )
 
 
-def drawn(mine: Sequence[Chain]) -> list[str]:
-    """The read-outs that pictures show of a training."""
-    return [name for name in SHOWN if name in mine[0].summary["readouts"]]
-
-
-COLOUR = dict(zip(SHOWN, plots.PALETTE, strict=False))
-
-
-def over_steps_figure(mine: Sequence[Chain], training: str) -> plots.Figure:
-    """Accuracy over all classes seen, after each step."""
-    ends = mine[0].summary["ends"]
-    with plots.axes() as axis:
-        for name in drawn(mine):
-            curve = over_seeds(mine, "steps", name, "step")
-            values = [100 * float(np.mean(curve[step])) for step in sorted(curve)]
-            axis.plot(ends, values, marker="o", ms=3, lw=1.5, color=COLOUR[name], label=label(name))
-        axis.set(xlabel="classes seen", ylabel="test accuracy, %", title=training)
-        axis.legend(loc="best", fontsize=7.5)
-        last = ", ".join(f"{label(name)} {100 * last_of(mine, name):.1f} %" for name in drawn(mine))
-        alt = f"{training}: accuracy over the classes seen; at the end {last}"
-        return plots.picture(axis, alt, "Over all classes seen, mean over seeds.")
-
-
-def by_step_figure(mine: Sequence[Chain], training: str) -> plots.Figure:
-    """Accuracy of the classes of each step, after the last one: the bias and its removal."""
-    count = len(mine[0].summary["ends"])
-    with plots.axes() as axis:
-        for name in drawn(mine):
-            groups = over_seeds(mine, "groups", name, "group", last=True)
-            values = [100 * float(np.mean(groups[group])) for group in sorted(groups)]
-            axis.plot(range(1, count + 1), values, marker="o", ms=3, lw=1.5, color=COLOUR[name], label=label(name))
-        axis.set(xlabel="step in which the classes came", ylabel="test accuracy, %", title=f"{training}: at the end")
-        axis.set_xticks(range(1, count + 1))
-        axis.legend(loc="best", fontsize=7.5)
-        raw = over_seeds(mine, "groups", "none", "group", last=True)
-        old = float(np.mean([np.mean(raw[group]) for group in range(count - 1)]))
-        alt = (
-            f"{training}, accuracy of each step's classes after the last step: as trained {100 * old:.0f} % for the "
-            f"old ones and {100 * float(np.mean(raw[count - 1])):.0f} % for the newest"
-        )
-        return plots.picture(axis, alt, "The bias to the newest classes, and what removes it.")
-
-
-def energies_figure(mine: Sequence[Chain], training: str) -> plots.Figure:
-    """Mean free energy of old classes minus that of new ones on test images, before and after."""
-    ends = mine[0].summary["ends"]
-    with plots.axes() as axis:
-        for name in [*(name for name in drawn(mine) if name not in ("nearest_mean", CHOSEN)), OLD_NEW]:
-            gaps: dict[int, list[float]] = {}
-            for chain in mine:
-                for row in chain.energies:
-                    if row["set"] == "test" and row["readout"] == name:
-                        gaps.setdefault(int(row["step"]), []).append(float(row["old"]) - float(row["new"]))
-            values = [float(np.mean(gaps[step])) for step in sorted(gaps)]
-            places = [ends[step] for step in sorted(gaps)]
-            axis.plot(
-                places, values, marker="o", ms=3, lw=1.5, color=COLOUR.get(name, COLOUR[CHOSEN]), label=label(name)
-            )
-        axis.axhline(0, color="#888888", lw=0.8)
-        axis.legend(loc="best", fontsize=7.5)
-        axis.set(xlabel="classes seen", ylabel="energy of old minus new, nats", title=training)
-        alt = f"{training}: mean free energy of old classes minus that of new ones on test images, by step"
-        return plots.picture(axis, alt, "Above zero, old classes are thought less probable than they are.")
-
-
-def confusion_figure(mine: Sequence[Chain], training: str, readout: str) -> plots.Figure:
-    """Which step's classes are taken for which, after the last step: shares of each row's images, mean over seeds."""
-    count = len(mine[0].summary["ends"])
-    shares = np.zeros((count, count))
-    for chain in mine:
-        for row in chain.confusion:
-            if row["readout"] == readout and int(row["step"]) == count - 1:
-                shares[int(row["group"]), int(row["predicted"])] += float(row["images"])
-    newest = 100 * float(shares[:-1, -1].sum() / shares[:-1].sum())
-    shares /= shares.sum(1, keepdims=True)
-    with plots.axes(plots.SMALL_WIDTH, plots.SMALL_HEIGHT) as axis:
-        axis.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
-        for row, column in np.ndindex(count, count):
-            value = round(float(100 * shares[row, column]))
-            if count <= MOST_IN_A_PICTURE and value:
-                axis.text(column, row, str(value), ha="center", va="center", fontsize=6.5,
-                          color="white" if value > 60 else "#1a1a1a")  # fmt: skip
-        axis.set(xlabel="taken for classes of step", ylabel="classes of step", title=f"{training}: {label(readout)}")
-        places = range(0, count, -(-count // 10))
-        axis.set_xticks(places, [str(place + 1) for place in places])
-        axis.set_yticks(places, [str(place + 1) for place in places])
-        axis.grid(visible=False)
-        alt = f"{training}, {label(readout)}: {newest:.0f} % of the old classes' images are taken for the newest step's"
-        return plots.picture(axis, alt, "Percent of a step's test images, after the last step.")
-
-
-def last_of(mine: Sequence[Chain], readout: str) -> float:
-    """Accuracy after the last step, mean over seeds."""
-    return float(np.mean([chain.summary["readouts"][readout]["last"] for chain in mine]))
+def compared(
+    mine: Sequence[Chain], trainings: Sequence[str], unit: str
+) -> tuple[dict[str, dict[str, Line]], str, dict[str, str]]:
+    """(training -> read-out -> line, the training that leads, a sentence for each)."""
+    by = {training: {line.readout: line for line in lines(mine, training, unit)} for training in trainings}
+    by = {training: of for training, of in by.items() if of}
+    leads = max(by, key=lambda training: (aligned(by[training]) or by[training]["none"]).measures["last"][0])
+    return by, leads, {training: answer(training, of) for training, of in by.items()}
 
 
 def section(
     setting: Setting, mine: Sequence[Chain], trainings: Sequence[str], known: Sequence[Mapping[str, str]]
 ) -> Section:
     """One setting: the answer, then what is folded."""
-    by = {training: {line.readout: line for line in lines(mine, training)} for training in trainings}
-    by = {training: of for training, of in by.items() if of}
-    said = {training: answer(training, of) for training, of in by.items()}
-    leads = max(by, key=lambda training: (aligned(by[training]) or by[training]["none"]).measures["last"][0])
+    by, leads, said = compared(mine, trainings, "seed")
     of = {training: [chain for chain in mine if chain.cell.training == training] for training in by}
-    every = [line.cells() for its in by.values() for line in its.values()]
-    parts = [
-        Part(
-            "Every read-out",
-            "All corrections of each training, with the averages that papers report under one name.",
-            [Table("Every read-out", HEADER, every, 2, READING)],
-        ),
+    parts = [every_readout(by, "seed")]
+    parts += [between(leads, by, mine, "seed")] if len(by) > 1 else []
+    parts += [
         Part("Over steps", "How accuracy falls as classes come.", figures=[
-            over_steps_figure(of[training], training) for training in by
+            pictures.over_steps(of[training], training) for training in by
         ]),
         Part("Old and new classes", "Which step's classes are known at the end.", figures=[
-            by_step_figure(of[training], training) for training in by
+            pictures.by_step(of[training], training) for training in by
         ]),
         Part("Confusion between steps", "Which step's classes are taken for which.", figures=[
-            confusion_figure(of[training], training, name)
-            for training in by for name in ("none", CHOSEN) if name in drawn(of[training])
+            pictures.confusion(of[training], training, name)
+            for training in by for name in ("none", CHOSEN) if name in pictures.drawn(of[training])
         ]),
         Part("Energies", "What aligning makes equal: mean free energies of old and of new classes.", figures=[
-            energies_figure(of[training], training) for training in by
+            pictures.energies(of[training], training) for training in by
         ]),
     ]  # fmt: skip
     if rows := beside(setting, mine[0].summary, known):
@@ -448,9 +233,31 @@ def section(
         lines=[Said(fact) for fact in facts(mine)],
     ))  # fmt: skip
     most = max(by, key=lambda training: gain(by[training]))  # where there is most to see
-    picture = by_step_figure(of[most], most)
     more = [text for training, text in said.items() if training != leads]
-    return Section(setting.title, said[leads], more, first_table(by), picture, parts)
+    picture = pictures.by_step(of[most], most)
+    return Section(setting.title, said[leads], more, first_table(by, "seed"), picture, parts)
+
+
+def over_orders(plan: Mapping[str, Any], chains: Sequence[Chain]) -> list[Section]:
+    """What holds over class orders: a section for each data set, protocol and recipe that ran with several."""
+    kinds: dict[tuple[str, str, str], list[Chain]] = {}
+    for setting, mine in settings(plan, chains).items():
+        kinds.setdefault((setting.dataset, setting.protocol, setting.recipe), []).extend(mine)
+    sections = []
+    for kind, mine in kinds.items():
+        trainings = [
+            training for training in plan["trainings"]
+            if len(by_unit((chain for chain in mine if chain.cell.training == training), "order")) > 1
+        ]  # fmt: skip
+        if not trainings:
+            continue
+        by, leads, said = compared(mine, trainings, "order")
+        parts = [every_readout(by, "order")]
+        parts += [between(leads, by, mine, "order")] if len(by) > 1 else []
+        more = [text for training, text in said.items() if training != leads]
+        title = f"{' · '.join(kind)}, over class orders"
+        sections.append(Section(title, said[leads], more, first_table(by, "order"), None, parts))
+    return sections
 
 
 def build(
@@ -460,23 +267,13 @@ def build(
     known, sections = files.read_csv(published), []
     for setting, mine in settings(plan, chains).items():
         sections.append(section(setting, mine, plan["trainings"], known))
+    sections = over_orders(plan, chains) + sections
     under = (
         "Class-incremental learning: classes arrive in steps, few images of old ones are kept; each training once, "
         f"every correction on its saved logits. {len(chains)} of {len(chains) + len(absent)} cells have run"
     )
     waiting = f"; `longtail status {plan_name}` says which are to come." if absent else "."
     return Document(f"Results of plan {plan_name}", under + waiting, sections)
-
-
-def settings(plan: Mapping[str, Any], chains: Sequence[Chain]) -> dict[Setting, list[Chain]]:
-    """The finished chains of each setting of a plan, in its order."""
-    found: dict[Setting, list[Chain]] = {}
-    for place in product(*(plan[axis] for axis in ("datasets", "orders", "protocols", "recipes"))):
-        setting = Setting(*map(str, place))
-        mine = [chain for chain in chains if Setting.of(chain.cell) == setting]
-        if mine:
-            found[setting] = mine
-    return found
 
 
 def curves(setting: Setting, mine: Sequence[Chain], line: Line) -> list[dict[str, Any]]:

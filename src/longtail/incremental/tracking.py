@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longtail.incremental.report import readout_name
+from longtail.incremental.outcomes import readout_name
 from longtail.tracking.runs import Store, log_rows, open_store, upload
 from longtail.workflow import chains, files
 from longtail.workflow.fingerprint import digest
