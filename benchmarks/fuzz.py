@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 
 from longtail import correct
@@ -31,6 +32,8 @@ from longtail.data.large.store import Store
 from longtail.data.sources import cifar, embeddings
 from longtail.networks import backbones
 from longtail.posthoc import tables
+from longtail.serving import export
+from longtail.training.checkpoints import Checkpoint
 from longtail.workflow import files, params
 
 EXPECTED = (ValueError, OSError)
@@ -139,12 +142,18 @@ def _parquet(columns: dict[str, Any]) -> bytes:
 def _weights() -> tuple[bytes, bytes]:
     """A network's tensors as safetensors and as a state dict."""
     import safetensors.torch
-    import torch
 
     tensors = {"module.stem.weight": torch.ones(2, 3), "stem.bias": torch.zeros(2)}
     file = io.BytesIO()
     torch.save({"state_dict": tensors}, file)
     return safetensors.torch.save(tensors), file.getvalue()
+
+
+def _checkpoint() -> bytes:
+    """What a training leaves while it runs."""
+    content = io.BytesIO()
+    torch.save({"identity": "x", "epoch": 3, "network": {"w": torch.ones(2)}}, content)
+    return content.getvalue()
 
 
 def _picture(kind: str, size: int = 8) -> bytes:
@@ -236,6 +245,8 @@ READERS: dict[str, Reader] = {
     "tars": Reader(".tar", images_in_tars, (_tar({"n1.tar": _tar({"n1_1.JPEG": _picture("JPEG")})}),)),
     "features": Reader(".npy", features, (_npy(np.ones((2, 3), np.float32)),)),
     "arrays": Reader(".npz", files.load_arrays, (_zip(zipfile.ZIP_STORED),)),
+    "alignment": Reader(".json", export.corrections, (json.dumps({"last": {"raw": SHIFT}}).encode(),)),
+    "checkpoint": Reader(".pt", lambda path: Checkpoint(path, "x").load(), (_checkpoint(),)),
     "image": Reader(".png", image, (_picture("PNG"), _picture("JPEG"), _picture("GIF"), _picture("BMP"))),
     "archive": Reader(".tar.gz", archive, (_archive(_batch()),), packed=_gzip),
     "pickle": Reader(".tar.gz", archive, (_batch(),), packed=lambda data: _gzip(_archive(data))),

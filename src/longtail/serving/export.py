@@ -119,19 +119,31 @@ class Trained:
         """The correction of that name in a cell's alignment.json. Raises ValueError naming a file that is none."""
         if name == "none":
             return posthoc.Affine().fit(np.zeros((1, len(self.classes))))
-        found = files.read_json(path)
-        fitted = found.get("last") if isinstance(found, dict) else None
-        if not isinstance(fitted, dict) or not all(isinstance(one, dict) for one in fitted.values()):
-            raise ValueError(f"{path}: not the corrections of a cell, as the stage `align` writes them")
+        fitted = corrections(path)
         if name not in fitted:
             raise ValueError(f"{self.title}: no correction {name!r}; there are none, {', '.join(sorted(fitted))}")
-        try:
-            correction = posthoc.from_dict(fitted[name])
-        except ValueError as error:
-            raise ValueError(f"{path}: {name}: {error}") from error
+        correction = fitted[name]
         if len(correction.shift_) != len(self.classes):
             raise ValueError(f"{path}: {name} is of {len(correction.shift_)} classes, the cell has {len(self.classes)}")
         return correction
+
+
+def corrections(path: str | Path) -> dict[str, posthoc.Correction]:
+    """What is fitted to a cell's last network, by name, as its alignment.json has it.
+
+    Raises ValueError naming a file that is none.
+    """
+    found = files.read_json(path)
+    fitted = found.get("last") if isinstance(found, dict) else None
+    if not isinstance(fitted, dict) or not all(isinstance(one, dict) for one in fitted.values()):
+        raise ValueError(f"{path}: not the corrections of a cell, as the stage `align` writes them")
+    made = {}
+    for name, one in fitted.items():
+        try:
+            made[name] = posthoc.from_dict(one)
+        except ValueError as error:
+            raise ValueError(f"{path}: {name}: {error}") from error
+    return made
 
 
 def check_target(out: str | Path) -> Path:
