@@ -74,7 +74,7 @@ END_S = 5.0  # what was asked to stop is to be gone by then
 STOPPED = (
     "stopped; the same command goes on",  # ours
     "interrupted by the user",  # DVC's, between two stages
-    "exited with -2",  # DVC's, of a stage that had not begun
+    "exited with -2",  # DVC's, of a stage that had not begun, or had done all and was being taken down
     "Use `dvc push`",  # DVC's last words: it had done all
 )
 OF_DVC = re.compile(r"\.[A-Za-z0-9_-]{22}\.tmp")  # dvc_objects.fs.utils.tmp_fname: beside a file that it links
@@ -899,6 +899,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="of crashes: what is interrupted, e.g. train")
     parser.add_argument("--folder", type=Path, help="for the projects; it stays (default: a temporary one)")
     args = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores Ctrl-C
     with place(args.folder) as folder:
         if args.what == "crashes":
             crashes(args.tries, args.seed, folder, args.only, partial(write_crashes, seed=args.seed))
