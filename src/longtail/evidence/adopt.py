@@ -220,7 +220,8 @@ def made_at(root: Path, commit: str, paths: tuple[str, ...]) -> dict[str, str]:
 def checkout(root: Path, commit: str, folder: Path) -> Path:
     """The files of a commit, in a folder of their own."""
     with tarfile.open(fileobj=io.BytesIO(git(root, "archive", commit))) as archive:
-        archive.extractall(folder, filter="data")
+        # from git, and none of it outside its folder; Python before 3.11.4 has no filters
+        archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     return folder
 
 
