@@ -46,7 +46,8 @@ def imported(start: list[meaning.Module], stops: frozenset[str]) -> list[meaning
 def of_commit(commit: str) -> dict[str, dict[str, str]]:
     """{manifest: {way: what identifies its code}} of a commit; manifests of methods by `train-`, `refit-` and name."""
     with tempfile.TemporaryDirectory() as folder, tarfile.open(fileobj=io.BytesIO(git("archive", commit))) as archive:
-        archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python has none before 3.11.4
+        archive.extractall(folder)
         root = Path(folder)
         params = yaml.safe_load((root / "params.yaml").read_text())
         stops = frozenset(manifest.PLUMBING | FLAT)

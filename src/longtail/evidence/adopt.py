@@ -220,8 +220,8 @@ def made_at(root: Path, commit: str, paths: tuple[str, ...]) -> dict[str, str]:
 def checkout(root: Path, commit: str, folder: Path) -> Path:
     """The files of a commit, in a folder of their own."""
     with tarfile.open(fileobj=io.BytesIO(git(root, "archive", commit))) as archive:
-        # from git, and none of it outside its folder; Python before 3.11.4 has no filters
-        archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python has none before 3.11.4
+        archive.extractall(folder)
     return folder
 
 
