@@ -692,6 +692,9 @@ def test_trainings_are_compared_in_pairs_of_seeds_and_of_orders():
     assert (low, high) == pytest.approx((mean - half, mean + half))
     assert outcomes.difference(one, other, (outcomes.CHOSEN, "none"))[1][0] == pytest.approx(0.18)
     assert outcomes.difference(one[2:], other, ("none", "none")) == (0, None)
+    bare = outcome("b", "o", "2", 0.48)  # nothing could be chosen there: no held-out memory
+    del bare.summary["readouts"][outcomes.CHOSEN]
+    assert outcomes.difference(one, [other[0], bare], (outcomes.CHOSEN, outcomes.CHOSEN))[0] == 1
     itself = outcomes.difference(one, one, ("none", "none"))[1]
     assert itself[0] == 0 and itself[1] < 0 < itself[2]
 

@@ -179,12 +179,19 @@ def difference(
     Args:
         readouts: of `one`, and of `other`.
 
-    Pairs have the same class order and seed. The error over test images is that of two independent accuracies: both
-    are of the same images, where trainings mostly agree, so the interval is too wide rather than too narrow.
+    Pairs have the same class order and seed; one without these read-outs is none. The error over test images is that
+    of two independent accuracies: both are of the same images, where trainings mostly agree, so the interval is too
+    wide rather than too narrow.
     """
-    partners = {(chain.cell.order, chain.cell.seed): chain for chain in other}
+    partners = {
+        (chain.cell.order, chain.cell.seed): chain for chain in other if readouts[1] in chain.summary["readouts"]
+    }
+    paired = [
+        chain for chain in one
+        if readouts[0] in chain.summary["readouts"] and (chain.cell.order, chain.cell.seed) in partners
+    ]  # fmt: skip
     values, errors = [], []
-    for group in by_unit((chain for chain in one if (chain.cell.order, chain.cell.seed) in partners), unit):
+    for group in by_unit(paired, unit):
         of_group, variances = [], []
         for chain in group:
             first = chain.summary["readouts"][readouts[0]]["last"]
