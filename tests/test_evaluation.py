@@ -1,6 +1,7 @@
 """From weights to logits to measures, on a cell made by hand."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -90,6 +91,7 @@ def test_what_computed_a_cell_goes_with_it(cell, monkeypatch):
     assert train["precision"] == RECIPE["precision"] == "fp32" and train["device"] == "cpu"
     assert train["threads"] == torch.get_num_threads() and train["processes"] == 1
     assert train["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert train["versions"]["python"] == ".".join(map(str, sys.version_info[:2]))  # its last part changes no digit
     assert train["kernels"] == (train["compiler"] is not None) == (kernels.library() is not None)
 
     weights = []

@@ -1,5 +1,9 @@
 """Files are whole or not there, and the same content has the same bytes."""
 
+import hashlib
+import sys
+import zipfile
+
 import numpy as np
 import pytest
 
@@ -32,6 +36,36 @@ def test_arrays_come_back_and_have_the_same_bytes(tmp_path):
     np.testing.assert_equal(files.load_arrays(first), arrays)
 
 
+ARRAYS = {"a": np.arange(6, dtype=np.int64).reshape(2, 3), "b": np.array(["x", "yz"]), "c": np.float32(0.5)}
+SHA256 = "4e5da071cba4557d73bd7ac3aa6db0f3c0065068cfa00d75afef6e36e9ef1700"
+
+
+@pytest.mark.parametrize("before_3_11_4", [False, True])
+def test_arrays_have_the_same_bytes_under_every_python(tmp_path, monkeypatch, before_3_11_4):
+    if before_3_11_4:
+        now = zipfile.ZipInfo.FileHeader
+
+        def twice(self, zip64=None):
+            """What Python 3.11.3 wrote for small arrays: their sizes in both places, the old version of the format."""
+            versions = self.create_version, self.extract_version
+            header = now(self, zip64)
+            self.create_version, self.extract_version = versions
+            size = self.file_size.to_bytes(4, "little")
+            return header[:4] + bytes([self.extract_version]) + header[5:18] + size + size + header[26:]
+
+        monkeypatch.setattr(zipfile.ZipInfo, "FileHeader", twice)
+    np.savez(tmp_path / "numpy.npz", **ARRAYS)
+    ours = files.save_arrays(tmp_path / "ours.npz", **ARRAYS).read_bytes()
+    assert hashlib.sha256(ours).hexdigest() == SHA256
+    alike = sys.version_info >= (3, 11, 4) and not before_3_11_4
+    assert ((tmp_path / "numpy.npz").read_bytes() == ours) is alike
+    rows = {"a": ((2, 2), iter([np.ones((1, 2), np.float32), np.zeros((1, 2), np.float32)]))}
+    parts = files.save_arrays_by_part(tmp_path / "parts.npz", rows)
+    whole = files.save_arrays(tmp_path / "whole.npz", a=np.array([[1, 1], [0, 0]], np.float32))
+    assert parts.read_bytes() == whole.read_bytes()
+    np.testing.assert_equal(files.load_arrays(tmp_path / "ours.npz"), ARRAYS)
+
+
 def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     path = files.write_text(tmp_path / "a", "old")
 
@@ -58,6 +92,12 @@ def test_pickled_objects_are_refused(tmp_path):
     np.savez(path, a=np.array([{"x": 1}], dtype=object))
     with pytest.raises(ValueError, match=r"a\.npz: not a readable \.npz file of plain arrays"):
         files.load_arrays(path)
+
+
+def test_objects_are_not_written(tmp_path):
+    with pytest.raises(ValueError, match="Object arrays cannot be saved"):
+        files.save_arrays(tmp_path / "a.npz", a=np.array([{"x": 1}], dtype=object))
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_missing_array_is_named_with_those_that_are_there(tmp_path):

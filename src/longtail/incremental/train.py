@@ -89,6 +89,7 @@ def run(
     """
     device = inference.find_device()
     processes.start(device)
+    inference.set_up(int(cell["seed"]))  # finished steps are looked at, too, before one is trained
     arrays = files.load_arrays(data, "train_images", "train_labels", "class_names")
     chain = Chain.of(len(arrays["class_names"]), order, protocol)
     images = Images(arrays["train_images"], chain.positions(arrays["train_labels"]))

@@ -32,8 +32,14 @@ def record(step: str, device: torch.device, **facts: Any) -> dict[str, Any]:
         "kernels": on_cpu and kernels.library() is not None,
         "compiler": compiler() if on_cpu else None,
         "threads": torch.get_num_threads(), "processes": processes.world(),
-        "versions": {name: version for name, version in versions().items() if name in NUMERIC},
+        "versions": numeric_versions(),
     }  # fmt: skip
+
+
+def numeric_versions() -> dict[str, str]:
+    """The versions that can change a digit; of Python without its last part, which changes none."""
+    found = {name: version for name, version in versions().items() if name in NUMERIC}
+    return {**found, "python": found["python"].rpartition(".")[0]}
 
 
 def instructions() -> str:

@@ -129,10 +129,31 @@ def read_csv(path: str | Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+class Member(zipfile.ZipInfo):
+    """An array's place in a .npz: of 1980, so that the same arrays give the same bytes, under any Python."""
+
+    def __init__(self, array: str):
+        super().__init__(f"{array}.npy")
+
+    def FileHeader(self, zip64: bool | None = None) -> bytes:  # noqa: N802 (zipfile's name)
+        """As Python has it since 3.11.4: before, a header for large members held their sizes twice."""
+        if not zip64:
+            return super().FileHeader(zip64)
+        self.create_version = self.extract_version = zipfile.ZIP64_VERSION
+        header = super().FileHeader(zip64)
+        return header[:18] + b"\xff" * 8 + header[26:]  # both sizes are in the field for large ones
+
+
 def save_arrays(path: str | Path, **arrays: np.ndarray) -> Path:
-    """Write arrays to one uncompressed .npz: the same arrays give the same bytes."""
+    """Write arrays to one uncompressed .npz, as numpy.savez: the same arrays give the same bytes.
+
+    Raises ValueError for an array of objects.
+    """
     buffer = io.BytesIO()
-    np.savez(buffer, **{name: np.asarray(array) for name, array in arrays.items()})  # type: ignore[arg-type]
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(Member(name), "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
     return write_bytes(path, buffer.getvalue())
 
 
@@ -148,7 +169,7 @@ def save_arrays_by_part(
     partial = path.with_name(f".{path.name}.partial")
     with zipfile.ZipFile(partial, "w", allowZip64=True) as archive:
         for name, (shape, rows) in parts.items():
-            with archive.open(_member(name), "w", force_zip64=True) as file:
+            with archive.open(Member(name), "w", force_zip64=True) as file:
                 header = {"descr": "<f4", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(file, header)
                 count = 0
@@ -160,13 +181,9 @@ def save_arrays_by_part(
         for name, array in arrays.items():
             buffer = io.BytesIO()
             np.lib.format.write_array(buffer, np.asarray(array), allow_pickle=False)
-            archive.writestr(_member(name), buffer.getvalue())
+            archive.writestr(Member(name), buffer.getvalue())
     partial.replace(path)
     return path
-
-
-def _member(name: str) -> zipfile.ZipInfo:
-    return zipfile.ZipInfo(f"{name}.npy")  # of 1980, so that the same arrays give the same bytes
 
 
 def load_arrays(path: str | Path, *names: str) -> dict[str, np.ndarray]:
