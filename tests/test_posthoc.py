@@ -451,6 +451,24 @@ def test_the_shift_of_a_calibrated_network_is_minus_log_prior_whatever_prior_it_
     np.testing.assert_allclose(found, -np.log(other) + np.log(other).mean(), atol=0.03)
 
 
+@pytest.mark.parametrize("groups", [[0, 1, 2, 3], [0, 1, 0, 2]])
+def test_equal_energies_end_when_they_are_near_enough(monkeypatch, groups):
+    logits, labels = case()
+    weights, groups = np.full(len(labels), 1 / len(labels)), np.array(groups)
+    shares = np.bincount(labels) / len(labels)
+    passes, slices = [], posthoc.energy.slices
+    monkeypatch.setattr(posthoc.energy, "slices", lambda logits: passes.append(1) or slices(logits))
+    took = {}
+    for within in (0.0, 1e-3, 1e-1):
+        passes.clear()
+        shift = posthoc.energy.equal_energies(logits, labels, weights, 1.0, groups, within)
+        took[within] = len(passes)
+        expected = softmax(logits + shift + np.log(shares), axis=1).mean(0)
+        steps = np.log(np.bincount(groups, expected) / np.bincount(groups, shares))
+        assert np.ptp(steps) < (within or 1e-6)
+    assert took[0.0] > took[1e-3] > took[1e-1] > 1
+
+
 def test_equal_energies_in_groups():
     logits, labels = case()
     apart = EnergyAligning().fit(logits, labels).shift_

@@ -98,9 +98,29 @@ def test_every_reading_that_goes_by_rows(
     cell: Path, reading: str, weights: str, in_memory: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(streamed, "IN_MEMORY", in_memory)
+    monkeypatch.setattr(streamed, "EQUAL_WITHIN", 0.0)
     chosen = {**ALIGN, "reading": reading, "weights": weights, "temperature": 1.5, "strength": 0.7}
     found = streamed.align(str(cell / "data.npz"), str(cell / "model"), **chosen)
     close(files.rounded(found), files.rounded(predictions.align(str(cell / "whole.npz"), **chosen)))
+
+
+def test_energies_of_logits_in_a_file_are_equal_to_a_thousandth_of_a_nat(
+    cell: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nearly = {}
+    for in_memory in (1 << 25, 0):
+        monkeypatch.setattr(streamed, "IN_MEMORY", in_memory)
+        found = streamed.align(str(cell / "data.npz"), str(cell / "model"), **ALIGN)
+        nearly[in_memory] = np.array(found["last"]["aligned_on_train"]["shift"])
+    whole, stored = nearly.values()
+    assert 0 < np.abs(stored - whole).max() < 0.02
+    logits, labels = (
+        files.load_arrays(cell / "whole.npz")[f"{name}"] for name in ("last_train_logits", "train_labels")
+    )
+    share = np.bincount(labels) / len(labels)
+    u = logits.mean(0) + stored + np.log(share)
+    expected = (np.exp(u) / np.exp(u).sum(1, keepdims=True)).mean(0)
+    assert np.ptp(np.log(expected / share)) < streamed.EQUAL_WITHIN
 
 
 def test_a_reading_that_needs_all_logits_is_refused(cell: Path) -> None:

@@ -230,16 +230,19 @@ class EnergyAligning(Correction):
 
 
 def equal_energies(
-    logits: np.ndarray, labels: np.ndarray, weights: np.ndarray, t: float, groups: np.ndarray
+    logits: np.ndarray, labels: np.ndarray, weights: np.ndarray, t: float, groups: np.ndarray, within: float = 0.0
 ) -> np.ndarray:
     """The shift (C,) in nats, up to a constant, after which all free energies are equal: see `EnergyAligning`.
 
     Args:
         groups: (C,) numbers from 0 on; classes of one group have one shift.
+        within: nats / t that the free energies may differ by; 0: as near as float64 comes, or 1,000 steps do.
     """
     classes = logits.shape[1]
     shares = class_shares(labels, weights, classes)
     absent = np.bincount(groups, np.bincount(labels, weights, classes) - shares)
+    held = np.bincount(groups, shares)
+    latest: np.ndarray = held
 
     def loss(shift: np.ndarray) -> tuple[float, np.ndarray]:
         """Minus the mean log-likelihood of v, and its gradient: expected minus actual shares.
@@ -265,7 +268,15 @@ def equal_energies(
             off /= (mine + others)[:, None]
             gradient += weights[where] @ off
             gradient -= np.bincount(labels[where], weights[where] * off.sum(1), classes)
-        return total, np.bincount(groups, gradient) + absent
+        nonlocal latest
+        latest = np.bincount(groups, gradient) + absent
+        return total, latest
+
+    def near(_: np.ndarray) -> None:
+        """End where expected and actual shares, of whose ratio a free energy is the logarithm, are near enough."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            if np.ptp(np.log1p(latest / held)) < within:
+                raise StopIteration
 
     start = np.bincount(groups, -np.log(shares)) / np.bincount(groups)
     scale, _ = loss(start)
@@ -276,6 +287,7 @@ def equal_energies(
         start,
         jac=True,
         method="L-BFGS-B",
+        callback=near,
         options={"maxiter": 1000, "maxcor": 20, "ftol": 0, "gtol": 1e-8},
     )
     shift: np.ndarray = t * found.x[groups]

@@ -30,6 +30,7 @@ from longtail.workflow import files
 BLOCK = 256  # rows whose logits are there at a time
 FITTED_ROWS = 32_768  # of a split, of which corrections are fitted; of smaller splits all
 IN_MEMORY = 1 << 23  # logits that a fit, which looks at them a hundred times, has in memory; more go to a file
+EQUAL_WITHIN = 1e-3  # nats: of logits in a file, which each step reads, equal energies need be no nearer
 READINGS_BY_ROW = ("all_samples", "normalized", "equal_shares")  # those that look at one block after the other
 SHOWN = 512  # test rows whose logits are kept, for exports to be held against
 
@@ -216,7 +217,8 @@ def _aligned(
     t, read = float(settings["temperature"]), READINGS[settings["reading"]]
     aligning.energy_ = energy = read(logits, labels, weights, t)
     if settings["reading"] == "equal_shares":
-        energy = equal_energies(logits, labels, weights, t, np.arange(logits.shape[1]))
+        within = EQUAL_WITHIN if isinstance(logits, Stored) else 0.0
+        energy = equal_energies(logits, labels, weights, t, np.arange(logits.shape[1]), within)
     aligning.shift_ = float(settings["strength"]) * (energy - energy.mean())
     if isinstance(logits, Stored):
         logits.shift = aligning.shift_
