@@ -1,7 +1,7 @@
 """A set of iNaturalist 2018's size, generated: time and memory of each step, growth with the rows, `dvc status`.
 
-python -m benchmarks.large            # three quarters of an hour on one core; writes benchmarks/results/large.md
-python -m benchmarks.large --quick    # a minute; prints only
+python -m benchmarks.large            # three quarters of an hour on one core; writes benchmarks/results/large.*
+python -m benchmarks.large --quick    # a minute; prints only, unless --results names a folder
 
 437,513 rows of 8,142 classes with 2 to 1,000 images, and 24,426 of test, have features of 64 numbers (no images). Each
 step is the library's own, in a process of its own, whose largest resident set is told.
@@ -26,6 +26,7 @@ FULL = {"classes": 8142, "rows": 437_513, "smallest": 2, "largest": 1000, "test"
 QUICK = {"classes": 60, "rows": 3000, "smallest": 2, "largest": 400, "test": 3}
 GROWTH, GROWTH_QUICK = (10_000, 31_623, 100_000, 316_228, 1_000_000), (2000, 4000)
 GROWTH_CLASSES = 1000
+FITTED_ON = "rows fitted on"
 STEPS = ("index", "draws", "train gala", "train balpoe", "predict", "align", "evaluate", "report")
 
 
@@ -203,7 +204,7 @@ def growth(folder: Path, setting: dict[str, int]) -> dict[str, float]:
     with torch.inference_mode():
         logits = streamed.Logits(network, values)
         timed("all logits", lambda: sum(float(part[0, 0]) for _, part in logits.blocks()))
-    found["rows fitted on"] = len(rows)
+    found[FITTED_ON] = len(rows)
     return found
 
 
@@ -339,16 +340,41 @@ def write(
         f"{first:.1f} s, and {second:.1f} s the second time.\n",
         f"Growth with the rows ({classes:,} classes, one expert, D = {D}), seconds of the step alone:\n",
     )
-    names = [name for name in grown[0][2] if name != "rows fitted on"]
+    names = [name for name in grown[0][2] if name != FITTED_ON]
     out.table(
-        ("Rows", *names, "rows fitted on", "Peak memory (MB)"),
+        ("Rows", *names, FITTED_ON, "Peak memory (MB)"),
         [
-            (f"{count:,}", *(f"{found[name]:.2f}" for name in names), f"{found['rows fitted on']:,.0f}", f"{peak:.0f}")
+            (f"{count:,}", *(f"{found[name]:.2f}" for name in names), f"{found[FITTED_ON]:,.0f}", f"{peak:.0f}")
             for count, peak, found in grown
         ],
     )
-    if not args.quick:
+    if args.results:
         out.write(args.results / "large.md")
+        draw([(count, {name: found[name] for name in names}) for count, _, found in grown], args.results / "large.png")
+
+
+def draw(grown: Sequence[tuple[int, dict[str, float]]], path: Path) -> None:
+    """Seconds of each step against rows, both by powers of ten, beside what grows as the rows do."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    from longtail.report.plots import PALETTE, PIXELS, STYLE
+
+    rows = [count for count, _ in grown]
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)  # type: ignore[arg-type]  # its names are a Literal
+        canvas = Figure(figsize=(7.2, 4.6), layout="constrained")
+        axis = canvas.subplots()
+        for number, name in enumerate(grown[0][1]):
+            seconds = [found[name] for _, found in grown]
+            color = PALETTE[number % len(PALETTE)]
+            axis.plot(rows, seconds, "o-", color=color, label=name)
+            axis.plot(rows, [seconds[-1] * count / rows[-1] for count in rows], ":", color=color, linewidth=1)
+        axis.plot([], [], "k:", linewidth=1, label="in proportion to the rows")
+        axis.set(xscale="log", yscale="log", xlabel="rows", ylabel="seconds of the step alone")
+        canvas.legend(loc="outside right upper")
+        canvas.savefig(path, dpi=PIXELS * 1.5, metadata={"Software": None})
 
 
 if __name__ == "__main__":

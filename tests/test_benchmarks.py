@@ -52,6 +52,14 @@ def test_cost_is_measured_and_drawn(tmp_path, monkeypatch):
     assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
+def test_a_large_set_is_measured_and_drawn(tmp_path, monkeypatch):
+    run(monkeypatch, "large", "--quick", "--results", str(tmp_path))
+    rows = [line.split(" | ")[0].strip("| ") for line in (tmp_path / "large.md").read_text().splitlines()]
+    assert {*importlib.import_module("benchmarks.large").STEPS, "2,000", "4,000"} <= {*rows}
+    assert (tmp_path / "large.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_time_to_accuracy_keeps_what_was_measured_elsewhere(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT)
     module = importlib.import_module("benchmarks.time_to_accuracy")
