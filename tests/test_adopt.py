@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from contextlib import ExitStack
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -170,6 +171,30 @@ def test_an_answer_that_is_an_error_does_not_put_the_next_cell_out_of_step(tmp_p
             if number == 0:
                 with pytest.raises(ValueError, match="failed: it"):
                     workers[0].known(answers[0])
+
+
+@pytest.mark.parametrize(("after", "expected"), [(60.0, [2, 1, 1]), (-1.0, [1, 1, 1, 1])])
+def test_cells_are_recorded_together_each_plan_for_itself_and_before_an_error(monkeypatch, capsys, after, expected):
+    written = []
+    monkeypatch.setattr(adopt, "RECORD_AFTER_S", after)
+    monkeypatch.setattr(adopt, "record", lambda root, cells: written.append(cells))
+    cells = [replace(stale_cell("0" * 32), cell=Cell(plan, *CE.split("-"))) for plan in ("a", "a", "b", "a")]
+    with pytest.raises(KeyboardInterrupt), ExitStack() as stack:
+        found = adopt.Found(ROOT)
+        stack.callback(found.record)
+        for one in cells:
+            found.same(one, "c0ffee")
+        raise KeyboardInterrupt
+    assert [len(together) for together in written] == expected
+    assert [one for together in written for one in together] == [(one, "c0ffee") for one in cells]
+    assert capsys.readouterr().out.splitlines() == [f"adopted  {one.cell.plan} {CE}: evaluate" for one in cells]
+
+
+def test_code_that_changed_after_the_comparison_is_not_recorded(tmp_path):
+    files.write_text(tmp_path / "stages/code/evaluate.txt", "newer still")
+    one = replace(stale_cell("0" * 32), now={"stages/code/evaluate.txt": adopt.md5("new")})
+    with pytest.raises(ValueError, match=r"evaluate\.txt has changed since .* `longtail adopt quick` again"):
+        adopt.record(tmp_path, [(one, "c0ffee")])
 
 
 def test_another_dvc_is_waited_for(bare, capsys, monkeypatch):

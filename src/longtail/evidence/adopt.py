@@ -34,6 +34,7 @@ from longtail.workflow.locks import MAKERS, STAGE_NAME, STAGES
 ADOPTED = ("stage", "was", "now", "code", "how")  # columns of adopted.csv
 STEPS = 5
 PROBE = "src/longtail/evidence/probe.py"
+RECORD_AFTER_S = 60.0  # that a cell found to be the same waits for others of its plan, so much may be lost by a kill
 WAIT_S = 1.0  # between two looks at whether another DVC has ended
 EMULATED = ", emulated"  # what longtail.evidence.probe says of a precision that the processor does not do
 PORTABLE = "stages/portable.py"  # runs a script of `argv`, on fewer instructions
@@ -57,12 +58,14 @@ class Stale:
         changed: of those that are stale, the manifests that the lock has and that there are no more: {name: {path:
             MD5}}.
         bases: stages of other cells that its own start from, in order.
+        now: the manifests that there are: {path: MD5}.
     """
 
     cell: Cell | chains.Cell
     stages: dict[str, dict[str, Any]]
     changed: dict[str, dict[str, str]]
     bases: dict[str, dict[str, Any]] = field(default_factory=dict)
+    now: dict[str, str] = field(default_factory=dict)
 
 
 def adopt(root: Path, params: Mapping[str, Any], plans: Sequence[str], only: str = "*", steps: int = STEPS) -> int:
@@ -79,8 +82,9 @@ def adopt(root: Path, params: Mapping[str, Any], plans: Sequence[str], only: str
     if not cells:
         print("nothing to adopt: no cell is of other code than there is")
         return 0
-    refused = 0
+    refused, found = 0, Found(root)
     with ExitStack() as stack:
+        stack.callback(found.record)  # of those before an error or Ctrl-C, too
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="longtail-adopt-")))
         here = stack.enter_context(worker(root))
         old: dict[str, Worker] = {}
@@ -96,15 +100,47 @@ def adopt(root: Path, params: Mapping[str, Any], plans: Sequence[str], only: str
                     old[commit] = stack.enter_context(worker(tree))
                 trouble = compare(root, one, old[commit], here, scratch, steps)
                 if not trouble:
-                    record(root, one, commit)
+                    found.same(one, commit)
             except ValueError as error:
                 trouble = str(error)
             refused += bool(trouble)
-            what = f"refused  {one.cell.plan} {one.cell.name}: {trouble}" if trouble else (
-                f"adopted  {one.cell.plan} {one.cell.name}: {', '.join(name.split('-')[0] for name in one.changed)}"
-            )  # fmt: skip
-            print(what, flush=True)
+            if trouble:
+                print(f"refused  {one.cell.plan} {one.cell.name}: {trouble}", flush=True)
     return refused
+
+
+@dataclass
+class Found:
+    """Cells of which old and new code do the same, until they are recorded: a plan's lock file takes seconds to write.
+
+    Attributes:
+        root: of the repository.
+        cells: of one plan, each with the commit of the old code.
+        since: when the first of them was found, in seconds.
+    """
+
+    root: Path
+    cells: list[tuple[Stale, str]] = field(default_factory=list)
+    since: float = 0.0
+
+    def same(self, one: Stale, commit: str) -> None:
+        """Keep a cell; record all that there are once they have waited long enough."""
+        if self.cells and self.cells[0][0].cell.plan != one.cell.plan:
+            self.record()
+        if not self.cells:
+            self.since = time.monotonic()
+        self.cells.append((one, commit))
+        if time.monotonic() - self.since > RECORD_AFTER_S:
+            self.record()
+
+    def record(self) -> None:
+        """Write them, and say so."""
+        cells, self.cells = self.cells, []
+        if cells:
+            record(self.root, cells)
+        for one, _ in cells:
+            stages = ", ".join(name.split("-")[0] for name in one.changed)
+            print(f"adopted  {one.cell.plan} {one.cell.name}: {stages}", flush=True)
 
 
 def stale(root: Path, params: Mapping[str, Any], plans: Sequence[str]) -> list[Stale]:
@@ -134,6 +170,7 @@ def stale(root: Path, params: Mapping[str, Any], plans: Sequence[str]) -> list[S
         for dep in lock[name].get("deps", ()):
             if dep["path"] in now and dep.get("md5") != md5(now[dep["path"]]):
                 one.changed.setdefault(name, {})[dep["path"]] = dep["md5"]
+                one.now[dep["path"]] = md5(now[dep["path"]])
             other = made.get(dep["path"], name)
             if STAGE_NAME.fullmatch(other) and not other.endswith(f"@{cell.name}"):
                 one.bases[other] = lock[other]
@@ -423,31 +460,40 @@ def alone(repo: Any) -> Iterator[None]:
         repo.lock.unlock()
 
 
-def record(root: Path, one: Stale, commit: str) -> None:
-    """Give the lock's entries of a cell the manifests of the code that there is; keep the identity of its training."""
+def record(root: Path, cells: Sequence[tuple[Stale, str]]) -> None:
+    """Give the lock's entries of cells of a plan the manifests of the code that there is, and keep the identities of
+    their trainings; each cell comes with the commit of the old code.
+
+    Raises ValueError where the code has changed since the cells were compared.
+    """
     from dvc.repo import Repo  # half a second: only where there is something to write
     from dvc_data.hashfile.hash_info import HashInfo
     from dvc_data.hashfile.meta import Meta
 
     logging.getLogger("dvc").setLevel(logging.WARNING)  # it says so of each cell
-    file = pipeline.file(one.cell.plan)
+    plan = cells[0][0].cell.plan
+    file = pipeline.file(plan)
+    changed = {name: (was, commit) for one, commit in cells for name, was in one.changed.items()}
+    for path, wanted in {path: wanted for one, _ in cells for path, wanted in one.now.items()}.items():
+        if md5((root / path).read_bytes()) != wanted:
+            raise ValueError(f"{path} has changed since these cells were looked at; `longtail adopt {plan}` again")
     with Repo(str(root)) as repo, alone(repo):
         before = locks.read_lock(root / pipeline.lock(file))
-        stages = [repo.stage.get_target(f"{root / file}:{name}") for name in one.changed]
+        stages = [repo.stage.get_target(f"{root / file}:{name}") for name in changed]
         for stage in stages:
-            for path, was in one.changed[stage.name].items():
+            for path, was in changed[stage.name][0].items():
                 content = (root / path).read_bytes()
                 for dep in stage.deps:
                     if dep.fs_path == str(root / path) and dep.hash_info.value == was:
                         dep.hash_info, dep.meta = HashInfo("md5", md5(content)), Meta(size=len(content))
         stages[0].dvcfile._lockfile.dump_stages(stages)
         after = locks.read_lock(root / pipeline.lock(file))
-        kept = root / pipeline.adopted(one.cell.plan)
+        kept = root / pipeline.adopted(plan)
         rows = files.read_csv(kept) if kept.exists() else []
         rows += [
             {"stage": name, "was": locks.identity(before[name]), "now": locks.identity(after[name]),
              "code": commit[:10], "how": "adopted"}
-            for name in one.changed
+            for name, (_, commit) in changed.items()
             if name.split("-")[0] in MAKERS.values() and locks.identity(before[name]) != locks.identity(after[name])
         ]  # fmt: skip
         if rows:
