@@ -506,6 +506,10 @@ def main() -> None:
         sys.exit(f"error: {files.without_advice(str(error))}")
     except OSError as error:
         sys.exit(f"error: {files.said(error)}")
+    except Exception as error:
+        if (type(error).__module__, type(error).__name__) != ("dvc.lock", "LockError"):
+            raise
+        sys.exit("error: another DVC command is at work in this repository; again when it has ended")
     except KeyboardInterrupt:
         print("stopped; the same command goes on from there", file=sys.stderr)
         sys.exit(130)
