@@ -19,6 +19,7 @@ ARGUMENTS = {
     "gala": {"variant": "released", "accumulation": "double", "lambda1": 1.0, "lambda2": 1.0},
     "gala_balpoe": {"taus": [0.0, 1.0, 2.0]},
     "balpoe": {"taus": [0.0, 1.0, 2.0]},
+    "deferred_balpoe": {"taus": [0.0, 1.0, 2.0], "deferred": 0.0},
     "focal": {"gamma": 2.0},
     "class_balanced": {"beta": 0.9999, "divide_by": "images"},
     "class_balanced_sampling": {},
@@ -237,7 +238,18 @@ def test_biases_may_be_limits_and_a_count(low, high, count, taus):
         assert loss.experts == count
 
 
-@pytest.mark.parametrize("method", ["balpoe", "gala_balpoe", "composed"])
+def test_deferred_biases_are_cross_entropy_first_and_balpoe_later():
+    loss = losses.load("deferred_balpoe")(COUNTS_C, taus=[0.0, 1.0, 2.0], deferred=0.8)
+    logits_EBC, labels_B = case(experts=3)
+    plain = [losses.load("ce")(COUNTS_C)(logits_C[None], labels_B) for logits_C in logits_EBC]
+    late = losses.load("balpoe")(COUNTS_C, taus=[0.0, 1.0, 2.0])(logits_EBC, labels_B)
+    for epoch in (1, 7, 8, 9, 10, 8):  # a training that is taken up says the epoch again
+        loss.start_epoch(epoch, 10)
+        expected = late if epoch > 8 else sum(plain) / 3
+        torch.testing.assert_close(loss(logits_EBC, labels_B), expected)
+
+
+@pytest.mark.parametrize("method", ["balpoe", "deferred_balpoe", "gala_balpoe", "composed"])
 def test_another_number_of_experts_is_refused(method):
     with pytest.raises(ValueError, match="2 experts for 3 taus"):
         losses.load(method)(COUNTS_C, **ARGUMENTS[method])(*case(experts=2))
@@ -256,6 +268,7 @@ def test_another_number_of_experts_is_refused(method):
         *(("gala", ARGUMENTS["gala"] | {"variant": v, "lambda1": 0.0, "lambda2": 0.0}) for v in VARIANTS),
         ("gala", ARGUMENTS["gala"]),  # before its first step every margin is the same
         ("gala_balpoe", {"taus": [0.0]}),
+        ("deferred_balpoe", {"taus": [1.0], "deferred": 1.0}),
     ],
 )
 def test_limits_are_cross_entropy(method, arguments):

@@ -46,6 +46,7 @@ METHODS = {
     "balpoe_imagenet": "BalPoE (ImageNet's tau)",
     "balpoe_inaturalist": "BalPoE (iNaturalist's)",
     "balpoe_five": "BalPoE (5 experts)",
+    "balpoe_five_deferred": "BalPoE (5), deferred",
     "balpoe_five_mirrored": "BalPoE (5), flips at test",
     "balpoe_five_recall": "BalPoE (5), recall",
 }
