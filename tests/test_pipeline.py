@@ -112,6 +112,21 @@ def test_every_cell_of_every_plan_has_its_stages_and_there_are_no_others(stages)
     assert set(stages) == expected
 
 
+@pytest.mark.parametrize(
+    ("plan", "only", "methods"),
+    [
+        ("methods", "cifar100_if100-short-crt-1", ["ce", "crt"]),
+        ("methods", "cifar100_if100-short-balpoe_apart-1", ["ce", "balanced_softmax", "inverse", "balpoe_apart"]),
+        ("methods", "cifar100_if100-short-gala-1", ["gala"]),
+        ("composed", "*-balpoe_five_mirrored-1", ["balpoe_five", "balpoe_five_mirrored"]),
+    ],
+)
+def test_cells_that_are_asked_for_come_with_those_that_they_start_from(monkeypatch, plan, only, methods):
+    monkeypatch.chdir(ROOT)
+    chosen = cli.choose(plan, PARAMS, only)
+    assert [cell.method for cell in chosen] == methods and {cell.seed for cell in chosen} == {"1"}
+
+
 @pytest.mark.parametrize("plan", cli.plans_of(PARAMS))
 def test_a_plans_file_is_what_the_template_gives(plan):
     assert (ROOT / pipeline.file(plan)).read_text() == pipeline.text(plan, PARAMS), f"longtail plan {plan}"

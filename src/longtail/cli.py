@@ -17,7 +17,7 @@ from typing import Any
 
 from longtail.workflow import chains, files, focus, pipeline
 from longtail.workflow import params as schema
-from longtail.workflow.cells import Cell, of_plan
+from longtail.workflow.cells import Cell, bases, of_plan
 from longtail.workflow.jobs import Job
 from longtail.workflow.locks import MAKERS, STAGES
 from longtail.workflow.pipeline import SHARED
@@ -95,19 +95,23 @@ def run(plan: str, only: str, jobs: int) -> int:
 
 
 def choose(plan: str, params: dict[str, Any], only: str) -> list[Cell | chains.Cell]:
-    """The cells of a plan whose names fit a pattern; ValueError names what there is where none does."""
+    """The cells of a plan whose names fit a pattern, and those whose networks they start from, in the plan's order.
+
+    Raises ValueError, which names what there is, where none fits.
+    """
     known(plan, plans_of(params))
     if not Path(pipeline.file(plan)).exists():
         raise ValueError(f"plan {plan!r} has no {pipeline.file(plan)}; `longtail plan {plan}` writes it")
     focus.check(Path.cwd(), plan)
     cells = cells_of(plan, params)
-    chosen = [cell for cell in cells if fnmatch.fnmatchcase(cell.name, only)]
+    chosen = {cell for cell in cells if fnmatch.fnmatchcase(cell.name, only)}
     if not chosen:
         names = [cell.name for cell in cells]
         close = difflib.get_close_matches(only.strip("*"), names, 1, 0.4)
         meant = f"did you mean {close[0]}? It" if close else "It"
         raise ValueError(f"--only {only!r} matches no cell; {meant} is one of {', '.join(names)}")
-    return chosen
+    chosen |= {base for cell in chosen if isinstance(cell, Cell) for base in bases(cell, params)}
+    return [cell for cell in cells if cell in chosen]
 
 
 def dry(plan: str, only: str) -> int:

@@ -1,7 +1,7 @@
 """A cell of a plan: one training. What it is called, and where its files and stages are."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -69,3 +69,11 @@ def of_plan(name: str, plan: Mapping[str, Any]) -> list[Cell]:
     """All cells of a plan {datasets, recipes, methods, seeds}, in its order."""
     axes = (map(str, plan[axis]) for axis in ("datasets", "recipes", "methods", "seeds"))
     return [Cell(name, *place) for place in product(*axes)]
+
+
+def bases(cell: Cell, params: Mapping[str, Any]) -> list[Cell]:
+    """The cells whose networks a second stage, or experts that were trained apart, start from; none of other cells."""
+    block = params["plans"][cell.plan]
+    of_plain = cell.method in block.get("refit", ())
+    methods = ["ce"] if of_plain else params["methods"][cell.method].get("fuse", ())
+    return [replace(cell, method=method) for method in methods]
