@@ -27,7 +27,7 @@ from longtail.posthoc.predictions import FITTED_ON, NETWORKS, product
 from longtail.training import inference, provenance
 from longtail.workflow import files
 
-BLOCK = 256  # rows whose logits are there at a time
+BLOCK = 128  # rows whose logits are there at a time
 FITTED_ROWS = 32_768  # of a split, of which corrections are fitted; of smaller splits all
 IN_MEMORY = 1 << 23  # logits that a fit, which looks at them a hundred times, has in memory; more go to a file
 EQUAL_WITHIN = 1e-3  # nats: of logits in a file, which each step reads, equal energies need be no nearer
