@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT
+from dvc.lock import LockError
 from dvc.repo import Repo
 from ruamel.yaml import main
 
@@ -110,6 +111,17 @@ def test_every_cell_of_every_plan_has_its_stages_and_there_are_no_others(stages)
         *(address for plan in plans for cell in cli.cells_of(plan, PARAMS) for address in cli.stages(PARAMS, cell)),
     }
     assert set(stages) == expected
+
+
+def test_another_dvc_at_work_is_named(monkeypatch):
+    def locked(_):
+        raise LockError("Unable to acquire lock. Most likely another DVC process is running")
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["longtail", "verify"])
+    monkeypatch.setitem(cli.COMMANDS, "verify", locked)
+    with pytest.raises(SystemExit, match="another DVC command is at work in this repository"):
+        cli.main()
 
 
 @pytest.mark.parametrize(
