@@ -217,7 +217,7 @@ def _aligned(
     t, read = float(settings["temperature"]), READINGS[settings["reading"]]
     aligning.energy_ = energy = read(logits, labels, weights, t)
     if settings["reading"] == "equal_shares":
-        within = EQUAL_WITHIN if isinstance(logits, Stored) else 0.0
+        within = EQUAL_WITHIN / t if isinstance(logits, Stored) else 0.0
         energy = equal_energies(logits, labels, weights, t, np.arange(logits.shape[1]), within)
     aligning.shift_ = float(settings["strength"]) * (energy - energy.mean())
     if isinstance(logits, Stored):
