@@ -20,7 +20,7 @@ TRAINED = {  # plan: recipe, data set, methods
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
     """A copy of the working tree whose large sets are small ones, with a small network without pretrained weights."""
-    clone = Clone(tmp_path_factory.mktemp("large"))
+    clone = Clone(tmp_path_factory.mktemp("large"), *PLANS, *TRAINED, "incremental-imagenet-1000")
     for make in large_trees.MAKERS.values():
         make(clone.root / "data/large")
     params = yaml.safe_load((clone.root / "params.yaml").read_text())

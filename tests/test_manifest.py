@@ -16,11 +16,12 @@ from longtail.workflow import manifest
 
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 MANIFESTS = manifest.texts(ROOT, PARAMS)
+LIBRARY, STARTS = manifest.package(ROOT), manifest.starts(ROOT, PARAMS)  # read once: it takes a third of a second
 
 
 def code(name: str) -> set[str]:
     """The modules and files whose definitions a manifest has."""
-    found = manifest.units(manifest.package(ROOT), manifest.starts(ROOT, PARAMS)[name])
+    found = manifest.units(LIBRARY, STARTS[name])
     return {unit.module.name if unit.node else unit.title for unit in found}
 
 
@@ -49,7 +50,7 @@ def test_what_a_module_has_beside_what_is_reached_does_not_count():
 
 def test_plumbing_changes_no_result():
     for name in manifest.PLUMBING:
-        assert manifest.package(ROOT).module(name), name
+        assert LIBRARY.module(name), name
     assert not any(code(name) & manifest.PLUMBING for name in MANIFESTS)
 
 
@@ -126,8 +127,8 @@ def test_a_changed_definition_changes_exactly_the_manifests_that_reach_it(tmp_pa
     module = ".".join(path.relative_to(tmp_path / "src").with_suffix("").parts)
     reaching = {
         name
-        for name, start in manifest.starts(ROOT, PARAMS).items()
-        for unit in manifest.units(manifest.package(ROOT), start)
+        for name, start in STARTS.items()
+        for unit in manifest.units(LIBRARY, start)
         if unit.module.name == module and title in unit.names
     }
     assert changed == reaching and 0 < len(changed) < len(now)
@@ -146,9 +147,8 @@ def test_nothing_runs_that_the_manifest_does_not_have(tmp_path):
     ran = json.loads(done.stdout.splitlines()[-1])
     expected = {"train-gala_balpoe", "train-ldam_drw", "train-ce", "refit-crt", "predict", "evaluate", "compare"}
     assert expected <= set(ran)
-    library = manifest.package(ROOT)
     for name, seen in ran.items():
-        units = manifest.units(library, manifest.starts(ROOT, PARAMS)[name])
+        units = manifest.units(LIBRARY, STARTS[name])
         reached = {(str(unit.module.file), title) for unit in units for title in unit.names}
         called = {(file, title) for file, title in seen if title[0] != "<" and "/evidence/" not in file}
         assert called <= reached, name

@@ -358,7 +358,7 @@ def test_answer_names_the_winner_the_margin_and_what_is_not_settled(cells):
     assert "BalPoE (3 experts) has the highest accuracy: 63.0 ± 4.2 %, 11.0 points above" in said
     assert "Cross-entropy (52.0 ± 2.8 %); 2 seeds for each method" in said
     assert "95 % interval -0.7 to 22.7 points (p = 0.060), over test images and seeds: not settled" in said
-    assert "change accuracy by +2.0 to +2.0 points" in said
+    assert "change accuracy by +2.0 points;" in said
 
 
 def test_logit_adjusted_cross_entropy_is_a_method_of_its_own(cells):
@@ -375,6 +375,15 @@ def test_logit_adjusted_cross_entropy_is_a_method_of_its_own(cells):
         "Cross-entropy with logit adjustment", "BalPoE (3 experts)", "Cross-entropy",
     ]  # fmt: skip
     assert "the highest of all is then BalPoE (3 experts), recipe plain, logit adjustment: 80.0" in text
+
+
+def test_a_plan_of_one_method_has_no_others_to_run_once_it_is_whole(cells):
+    alone = PLAN | {"methods": ["ce"]}
+    whole, said = answer_of(cells, alone)
+    assert whole == "Only Cross-entropy is in this plan: 52.0 ± 2.8 % with recipe plain (2 seeds)."
+    assert "longtail run" not in said
+    more = answer_of(cells, alone | {"seeds": [*PLAN["seeds"], 7]})[:2]
+    assert more == [f"Only Cross-entropy has run: {whole.split(': ')[1]}", "The rest: `longtail run toy`."]
 
 
 def test_missing_seeds_are_what_to_do_and_another_recipe_is_said(tmp_path):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from longtail.report import differences
-from longtail.report.differences import BASELINE, points, unsigned
+from longtail.report.differences import BASELINE, points, points_range, unsigned
 from longtail.report.outcomes import ADJUSTED, ALIGNED, CORRECTIONS, RAW, Results, Row
 
 METHODS = {
@@ -92,10 +92,11 @@ def headline(results: Results, table: Sequence[Row]) -> Headline:
     first, *others = leaders.values()
     again = f"longtail run {results.plan_name} --only '{first.dataset}-{first.recipe}-{first.method}-*'"
     if not others:
-        text = (
-            f"Only {entrant_name(first)} has run: {percent(first)} with recipe {first.recipe} ({seeds_text([first])})."
-        )
-        return Headline(text, (f"The others: `longtail run {results.plan_name}`.",))
+        alone = f"{percent(first)} with recipe {first.recipe} ({seeds_text([first])})"
+        if not any(cell.dataset == first.dataset for cell in results.missing):
+            return Headline(f"Only {entrant_name(first)} is in this plan: {alone}.")
+        text = f"Only {entrant_name(first)} has run: {alone}."
+        return Headline(text, (f"The rest: `longtail run {results.plan_name}`.",))
     leads = [one.swapped() for one in differences.behind(results, [first, *others])]
     second, lead = others[0], leads[0]
     # further down, but with so few seeds, or such a spread, that it might be level
@@ -244,8 +245,8 @@ def aligned_text(table: Sequence[Row], raw: Sequence[Row]) -> list[str]:
     gains = [row.accuracy - before[row.method] for row in aligned]
     best = max(aligned, key=lambda row: row.accuracy)
     return [
-        f"Logits {CORRECTIONS[ALIGNED]} change accuracy by {points(min(gains))} to {points(max(gains))} "
-        f"points; the highest is then {method_name(best.method)}, {percent(best)}."
+        f"Logits {CORRECTIONS[ALIGNED]} change accuracy by {points_range(gains)}; the highest is then "
+        f"{method_name(best.method)}, {percent(best)}."
     ]
 
 

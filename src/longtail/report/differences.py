@@ -8,7 +8,7 @@ S, T seeds; N test images. Values are fractions; percent and points are in text 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -233,6 +233,13 @@ def points(fraction: float) -> str:
     """A difference in points, with its sign; what rounds to zero has none."""
     text = f"{100 * fraction:+.1f}"
     return "0.0" if text in ("-0.0", "+0.0") else text
+
+
+def points_range(fractions: Iterable[float]) -> str:
+    """`-0.2 to +1.3 points`; `+2.0 points` where all are the same to a tenth."""
+    values = list(fractions)
+    low, high = points(min(values)), points(max(values))
+    return f"{low} points" if low == high else f"{low} to {high} points"
 
 
 def unsigned(fraction: float) -> str:

@@ -24,7 +24,7 @@ from longtail.report.answers import (
     spread,
     verdict,
 )
-from longtail.report.differences import BASELINE, points
+from longtail.report.differences import BASELINE, points, points_range
 from longtail.report.document import Document, Entry, Line, Part, Section, Table, html, markdown
 from longtail.report.outcomes import (
     ADJUSTED,
@@ -335,8 +335,8 @@ def corrections_part(it: Found) -> Part | None:
             gains.setdefault(key, []).append(row.accuracy - raw.accuracy)
         lines.append(line)
     header = ["Method", "Recipe", *("as it is" if key == RAW else CORRECTIONS[key] for key in used)]
-    low, high = points(min(gains[ON_TRAIN])), points(max(gains[ON_TRAIN]))
-    says = f"Energy aligning, fitted on the training images, changes accuracies by {low} to {high} points; "
+    by = points_range(gains[ON_TRAIN])
+    says = f"Energy aligning, fitted on the training images, changes accuracies by {by}; "
     if best is first:
         says += f"no correction takes the highest accuracy above {percent(first)}."
     else:
