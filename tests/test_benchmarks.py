@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from PIL import Image
 from test_tracking import add_cell
 
 from longtail.data import batches, sources
@@ -166,6 +167,22 @@ def test_seconds(tmp_path, monkeypatch):
     (folder / "in").write_text("another\n")
     with pytest.raises(RuntimeError, match="dvc status -q"):
         module.timed("python -m dvc status -q", folder)
+
+
+def test_your_images_are_a_tail_of_cifar_10s(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    module = importlib.import_module("benchmarks.your_images")
+    counts = module.counts(10, 500)
+    assert sum(counts) == 1401 and (counts[0], counts[-1]) == (500, 10) and counts == sorted(counts, reverse=True)
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (60, 8, 8, 3), dtype=np.uint8), np.tile([2, 0, 1], 20)
+    assert module.folder_of(images, labels, ["ape", "bee", "cat"], 20, tmp_path / "set") == 20 + 14 + 10
+    assert len([*(tmp_path / "set/bee").iterdir()]) == 14
+    third = np.asarray(Image.open(tmp_path / "set/cat/0003.png"))
+    assert np.array_equal(third, images[labels == 2][3])
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    with pytest.raises(SystemExit):
+        module.main(["--quick"])  # no raw images yet
 
 
 @pytest.fixture

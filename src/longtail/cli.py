@@ -108,7 +108,7 @@ def choose(plan: str, params: dict[str, Any], only: str) -> list[Cell | chains.C
     if not chosen:
         names = [cell.name for cell in cells]
         close = difflib.get_close_matches(only.strip("*"), names, 1, 0.4)
-        meant = f"did you mean {close[0]}? It" if close else "It"
+        meant = f"did you mean {close[0]}? It" if close else "it"
         raise ValueError(f"--only {only!r} matches no cell; {meant} is one of {', '.join(names)}")
     chosen |= {base for cell in chosen if isinstance(cell, Cell) for base in bases(cell, params)}
     return [cell for cell in cells if cell in chosen]
