@@ -1,9 +1,9 @@
-"""What training time buys: accuracy of a plan's finished cells against how long each took.
+"""What training time buys: accuracy of finished cells against how long each took, a table for each data set.
 
 python -m benchmarks.time_to_accuracy                 # seconds; writes benchmarks/results/time_to_accuracy.{csv,md,png}
 python -m benchmarks.time_to_accuracy --plan quick --dataset digits_if20 --results FOLDER
 
-Nothing is trained here: accuracies are those of results/, as the lock of the plan vouches for them, and times those
+Nothing is trained here: accuracies are those of results/, as the lock of a plan vouches for them, and times those
 that the training itself left in runs/, so it sees cells that were trained in this checkout. Rows of the csv that were
 measured elsewhere stay.
 """
@@ -15,32 +15,52 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import yaml
+
 from benchmarks.harness import RESULTS, ROOT, Report
 
 COLUMNS = ("dataset", "recipe", "method", "seed", "training", "epochs", "accuracy", "seconds", "images_per_s",
            "memory_mib", "device", "cpu", "threads")  # fmt: skip
 KEY = COLUMNS[:4]
 Row = dict[str, Any]
+PLANS = ("paper-cifar100", "paper-cifar100-ldam", "paper-cifar100-tails", "paper-cifar10", "posthoc", "posthoc-long",
+         "composing", "composing-long", "composing-more", "composing-recipes", "composed")  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Collect, print, write, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plan", default="paper-cifar100")
-    parser.add_argument("--dataset", default="cifar100_if100")
+    parser.add_argument("--plan", nargs="+", default=PLANS, help="plans whose cells to collect")
+    parser.add_argument("--dataset", default="cifar100_if100", help="the one that comes first and is drawn")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
     args = parser.parse_args(argv)
     table = args.results / "time_to_accuracy.csv"
     known = {tuple(row[key] for key in KEY): row for row in (read(table) if table.exists() else [])}
-    known |= {tuple(row[key] for key in KEY): row for row in collect(ROOT, args.plan)}
+    plans = yaml.safe_load((ROOT / "params.yaml").read_text())["plans"]
+    for plan in args.plan:
+        trained = [row for row in collect(ROOT, plan) if row["method"] not in plans.get(plan, {}).get("fuse", [])]
+        known |= {tuple(row[key] for key in KEY): row for row in trained}
     rows = [row for _, row in sorted(known.items())]
-    shown = [row for row in rows if row["dataset"] == args.dataset]
-    if not shown:
-        parser.error(f"no cell of plan {args.plan} on {args.dataset} was trained here: longtail run {args.plan}")
-    report = say(args.plan, args.dataset, shown)
+    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
+    if args.dataset not in datasets:
+        parser.error(
+            f"no cell of {', '.join(args.plan)} on {args.dataset} was trained here: longtail run {args.plan[0]}"
+        )
+    report = Report()
+    report.say(
+        "# Accuracy against training time", "",
+        f"{len(rows)} cells, {sum(float(row['seconds']) for row in rows) / 3600:.0f} hours of training; made by "
+        "`python -m benchmarks.time_to_accuracy`.", "",
+        "Test accuracy of the raw logits at the last epoch, mean ± sample standard deviation over seeds; minutes of "
+        "training, looks at test accuracy included, mean and range over seeds; share of the time that the method's "
+        "longest recipe took. Cells are of different days and versions of the code, and some shared their processor "
+        "with other work: recipe_time.md has shares on equal terms.",
+    )  # fmt: skip
+    for dataset in sorted(datasets, key=lambda dataset: dataset != args.dataset):
+        say(report, dataset, [row for row in rows if row["dataset"] == dataset])
     write(rows, table)
     report.write(args.results / "time_to_accuracy.md")
-    draw(shown, args.results / "time_to_accuracy.png")
+    draw([row for row in rows if row["dataset"] == args.dataset], args.results / "time_to_accuracy.png")
 
 
 def collect(root: Path, plan: str) -> list[Row]:
@@ -66,17 +86,16 @@ def collect(root: Path, plan: str) -> list[Row]:
     ]
 
 
-def say(plan: str, dataset: str, rows: Sequence[Row]) -> Report:
-    """The table: a line for each method and recipe, the longest recipe of a method first."""
-    report = Report()
+def say(report: Report, dataset: str, rows: Sequence[Row]) -> None:
+    """The table of a data set: a line for each method and recipe, the longest recipe of a method first."""
     machines = sorted({f"{row['cpu']}, {row['device']}, {row['threads']} thread(s) a cell" for row in rows})
+    hours = sum(float(row["seconds"]) for row in rows) / 3600
     report.say(
-        f"# Accuracy against training time: {plan}, {dataset}", "", f"Trained on: {'; '.join(machines)}.", "",
-        "Test accuracy of the raw logits at the last epoch, mean ± sample standard deviation over seeds; minutes of "
-        "training, looks at test accuracy included, mean and range over seeds; share of the time that the method's "
-        "longest recipe took. Cells are of different days and versions of the code: recipe_time.md has "
-        "shares on equal terms.",
-    )  # fmt: skip
+        "",
+        f"## {dataset}",
+        "",
+        f"Trained on: {'; '.join(machines)}. {len(rows)} cell{'s' * (len(rows) > 1)}, {hours:.1f} hours.",
+    )
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["method"], row["recipe"]), []).append(row)
@@ -94,7 +113,6 @@ def say(plan: str, dataset: str, rows: Sequence[Row]) -> Report:
             f"{minutes[key] / longest[key[0]]:.2f}",
         ])  # fmt: skip
     report.table(("Method · recipe", "Epochs", "Seeds", "Accuracy (%)", "Minutes a cell", "Share of time"), lines)
-    return report
 
 
 def write(rows: Sequence[Row], path: Path) -> None:

@@ -86,7 +86,7 @@ def test_time_to_accuracy_keeps_what_was_measured_elsewhere(tmp_path, monkeypatc
     assert (tmp_path / "time_to_accuracy.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit):
         module.main([*arguments[:2], "--dataset", "other", *arguments[4:]])
-    assert "no cell of plan p on other was trained here" in capsys.readouterr().err
+    assert "no cell of p on other was trained here" in capsys.readouterr().err
 
 
 def test_time_to_accuracy_reads_the_cells_that_were_trained_here(tmp_path, monkeypatch):
