@@ -173,6 +173,15 @@ def test_a_registered_cell_is_served_with_the_pipeline_s_answers(root, monkeypat
     with pytest.raises(ValueError, match=rf"toy@champion is version 1 \(toy@{NAME}\); --move gives 'champion' to"):
         export.register(cell, root, name="toy", alias="champion")
     assert len(store.search_model_versions("name='toy'")) == 1
+    with monkeypatch.context() as patched:  # a server that does not answer says nothing about the alias
+
+        def fails(*_):
+            raise mlflow.exceptions.MlflowException("the server is down")
+
+        patched.setattr(mlflow.MlflowClient, "get_model_version_by_alias", fails)
+        with pytest.raises(ValueError, match="MLflow does not say who has toy@champion: the server is down"):
+            export.register(cell, root, name="toy", alias="champion")
+    assert len(store.search_model_versions("name='toy'")) == 1
     export.register(cell, root, name="toy", alias="champion", move=True)
     assert store.get_model_version_by_alias("toy", "champion").version == 2
     port = free_port()

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 from conftest import ROOT
@@ -110,7 +111,12 @@ def test_a_stage_ends_with_dvc(tmp_path, between):
 
 def test_what_a_killed_write_left_is_swept_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    unfinished = ["runs/p/.machine.json.abcd_123", "runs/p/model/.last.safetensors.abcd1234", "data/.a.npz.zzzzzzz9"]
+    unfinished = [
+        "runs/p/.machine.json.abcd_123",
+        "runs/p/model/.last.safetensors.abcd1234",
+        "data/.a.npz.zzzzzzz9",
+        "data/.a.npz.partial",
+    ]
     kept = [
         "runs/p/model/last.safetensors",
         "data/.b.npz.abcd1234",
@@ -122,6 +128,17 @@ def test_what_a_killed_write_left_is_swept_and_nothing_else(tmp_path, monkeypatc
         files.write_text(name, "")
     stage.sweep(["runs/p/model", "data/a.npz"])
     assert sorted(str(path) for path in Path().rglob("*") if path.is_file()) == sorted(kept)
+
+
+def test_rows_that_come_by_parts_leave_nothing_on_a_full_disk_and_the_file_is_told(tmp_path):
+    def rows():
+        yield np.zeros((1, 2), np.float32)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError) as raised:
+        files.save_arrays_by_part(tmp_path / "a.npz", {"a": ((2, 2), rows())})
+    assert stage.said(raised.value).startswith(f"{tmp_path / 'a.npz'}: No space left on device; make room")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_full_disk_is_told_with_the_file(tmp_path, monkeypatch):

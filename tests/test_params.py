@@ -174,6 +174,7 @@ BAD = [
         ["ce", "balpoe_apart"],
         "fuse = 'balpoe_apart': is fused itself; allowed are methods",
     ),
+    ("methods.balpoe_apart.fuse", ["ce", "crt"], "fuse = 'crt': starts from another network itself; allowed are"),
     ("methods.balpoe_apart.fuse", None, "methods.balpoe_apart.fuse = None: input should be a valid list"),
     (
         "methods.balpoe_apart.fuse",
@@ -219,6 +220,49 @@ def test_bad_value(key, value, message):
     with pytest.raises(params.ParamsError, match=re.escape(message)) as caught:
         params.validate(changed(key, value))
     assert str(caught.value).startswith(f"params.yaml: {key.split('.')[0]}")
+
+
+@pytest.mark.parametrize(
+    ("block", "change", "message"),
+    [
+        ("protocols.b0_10_held_out", {"held_out": 0}, "the training bic fits its teacher on held-out memory, and the"),
+        (
+            "trainings.balanced_softmax",
+            {"replay": False},
+            "balanced_softmax has a loss that needs every class, and rep",
+        ),
+        ("protocols.b0_10_held_out", {"memory": 0}, "needs every class, and the protocol b0_10_held_out has memory: 0"),
+        ("trainings.bic", {"start": "teacher"}, ""),
+        ("recipes.short.first", {"test_every": 1}, "first.test_every and gradients_every must be 0"),
+        ("recipes.short.first", {"gradients_every": 2}, "first.test_every and gradients_every must be 0"),
+    ],
+)
+def test_a_chain_that_could_not_end_does_not_begin(block, change, message):
+    """These used to be found out after a step or two of a chain: hours later."""
+    values = copy.deepcopy(GOOD)
+    section, *path = block.split(".")
+    at = values["incremental"][section]
+    for name in path:
+        at = at[name]
+    at |= change
+    if not message:
+        params.validate(values)
+        values["incremental"]["recipes"]["short"]["bias"] = False
+        message = "the training bic starts from a corrected bias, and the recipe short has bias: false"
+        with pytest.raises(params.ParamsError, match=message):
+            params.validate(values)
+        values["incremental"]["recipes"]["short"] |= {"bias": True}
+        values["incremental"]["recipes"]["short"]["first"]["network"] |= {"head": "cosine", "scale": 30.0}
+        message = "starts from a corrected head, which a cosine head"
+    with pytest.raises(params.ParamsError, match=re.escape(message)):
+        params.validate(values)
+
+
+def test_a_number_as_dvc_writes_it_is_one():
+    """YAML 1.2 has 5e-05 as a number, and DVC writes it so; PyYAML's own loader has a text."""
+    text = yaml.safe_dump(GOOD).replace("weight_decay: 0.0005", "weight_decay: 5e-05", 1)
+    assert "5e-05" in text
+    params.validate(params.parsed(text))
 
 
 LARGE = {"architecture": "resnet50", "head": "cosine", "scale": 30}

@@ -523,6 +523,17 @@ def test_jobs_share_the_devices(asked, monkeypatch):
     assert asked[-3:] == [("closed", [])] * 3
 
 
+@pytest.mark.parametrize(("jobs", "processes", "threads"), [(2, "1", 8), (2, "4", 2), (8, "4", 1), (2, "no", 8)])
+def test_processes_of_a_cell_share_the_threads_of_its_job(asked, monkeypatch, jobs, processes, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("LONGTAIL_PROCESSES", processes)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    given = []
+    monkeypatch.setattr(cli, "Job", lambda environment, bar: given.append(environment) or FakeJob(environment, bar))
+    assert cli.run("quick", "*", jobs) == 0
+    assert {environment["OMP_NUM_THREADS"] for environment in given} == {str(threads)}
+
+
 def test_a_job_that_cannot_record_what_ran_is_a_failure(asked, monkeypatch):
     monkeypatch.setattr(FakeJob, "closes", False)
     assert cli.run("quick", "*", 2) == 2

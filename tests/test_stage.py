@@ -1,5 +1,6 @@
 """What every stage starts with: its flags, its declared params, and the guard against edits while it runs."""
 
+import os
 import subprocess
 import sys
 
@@ -89,6 +90,27 @@ def test_wrong_params_stop_it_before_it_starts(workspace):
 def test_bad_input_is_a_message_and_no_traceback(workspace):
     with pytest.raises(SystemExit, match=r"error: x\.npz: no array 'a'"), stage.run("out"):
         raise ValueError("x.npz: no array 'a'")
+
+
+@pytest.mark.parametrize(
+    ("given", "environment", "taken"),
+    [
+        ("", {}, ""), ("cpu", {"LONGTAIL_PROCESSES": "2"}, "cpu"), ("cuda:1", {}, "cuda:1"), ("cuda", {}, "cuda"),
+        ("cuda", {"LONGTAIL_PROCESSES": "2"}, "cuda"),  # before torchrun starts them
+        ("cuda", {"LONGTAIL_PROCESSES": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "cuda:1"),
+        ("cuda:1", {"LONGTAIL_PROCESSES": "2"}, "LONGTAIL_DEVICE=cuda:1 with 2 processes: each has a GPU of its own"),
+        ("mps", {}, "LONGTAIL_DEVICE=mps: allowed are cpu, cuda and cuda:<number>"),
+    ],
+)  # fmt: skip
+def test_each_process_of_a_cell_has_a_gpu_of_its_own(monkeypatch, workspace, given, environment, taken):
+    """Of torchrun's two processes on one machine both would otherwise be at cuda:0, which NCCL refuses."""
+    monkeypatch.setattr(os, "environ", {**os.environ, "LONGTAIL_DEVICE": given, **environment})
+    if ":" in taken and " " in taken:
+        with pytest.raises(SystemExit, match=taken), stage.run("out"):
+            raise AssertionError("it runs")
+    else:
+        stage.own_device()
+        assert os.environ["LONGTAIL_DEVICE"] == taken
 
 
 def test_a_key_that_is_not_in_params_is_named():

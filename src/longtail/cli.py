@@ -74,13 +74,15 @@ def run(plan: str, only: str, jobs: int) -> int:
     """Run a plan's cells, `jobs` side by side, then its readings and report. Returns how many of all these failed.
 
     Cells that start from others' networks come after all those that are trained. Several devices in LONGTAIL_DEVICE
-    (cuda:0,cuda:1) are shared by the jobs.
+    (cuda:0,cuda:1) are shared by the jobs; processes of one cell (LONGTAIL_PROCESSES) share its job's threads.
     """
     params = schema.load()
     chosen = choose(plan, params, only)
     datasets = sorted({cell.dataset for cell in chosen})
     # threads of two trainings on the same cores wait for each other: each gets its own share
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    processes = os.environ.get("LONGTAIL_PROCESSES", "1")
+    at_once = jobs * max(1, int(processes) if processes.isdecimal() else 1)  # what is none is a stage's to say
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
     devices = os.environ.get("LONGTAIL_DEVICE", "").split(",")
     started = [
         Job({"OMP_NUM_THREADS": threads, "LONGTAIL_DEVICE": devices[job % len(devices)]}, bar)

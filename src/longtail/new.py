@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from tqdm import tqdm
 
 from longtail.data import listing, long_tail, own, sources
@@ -110,7 +109,7 @@ def new(where: str, chosen: Chosen, *, params_file: Path = Path("params.yaml")) 
             changed = inserted(changed, section, key, block)
         elif there is None or section == "plans":
             raise ValueError(f"{section}.{key} is in params.yaml already; give this one a --name")
-    params, plan = yaml.safe_load(changed), plan_of(name, chosen)
+    params, plan = schema.parsed(changed), plan_of(name, chosen)
     schema.validate(params)
     steps = pipeline.text(plan, params)
     files.write_text(params_file, changed)

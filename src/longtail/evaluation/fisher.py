@@ -249,7 +249,7 @@ def run(
 
 
 def write(settings: Mapping[str, Any], *, out_dir: str) -> list[Row]:
-    """Write fisher.csv and fisher.md; returns the rows, for longtail.plots.fisher."""
+    """Write fisher.csv and fisher.md; returns the rows, for longtail.report.more_plots."""
     rows = run(**settings)
     files.write_csv(f"{out_dir}/fisher.csv", rows, COLUMNS)
     files.write_text(f"{out_dir}/fisher.md", markdown(settings, rows))

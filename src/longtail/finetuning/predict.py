@@ -55,6 +55,7 @@ def refit(
     begun = perf_counter()
     device = inference.find_device()
     splits = batches.splits(files.load_arrays(data), device)
+    inference.set_up(seed)  # before the trunk is passed: what it gives is kept, and other cells take it
     for which in files.read_json(Path(model) / "epochs.json"):
         network = tuned.load(Path(model) / f"{which}.safetensors", device)
         inputs = trunk.passed(network, {name: split for name, split in splits.items() if name != "test"})

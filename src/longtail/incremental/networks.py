@@ -176,13 +176,8 @@ def grown(network: Network, classes: int, *, head: str) -> Network:
     return made
 
 
-def to_bytes(network: Network) -> bytes:
-    """Weights and settings in the safetensors format."""
-    return networks.to_bytes(network)
-
-
 def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
-    """A network as `to_bytes` gave it, in evaluation mode. Raises ValueError naming a file that is none."""
+    """A network out of a safetensors file, in evaluation mode. Raises ValueError naming a file that is none."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             settings = json.loads((file.metadata() or {})["network"])

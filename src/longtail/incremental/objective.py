@@ -17,8 +17,6 @@ from longtail import losses
 from longtail.losses import BaseLoss
 from longtail.networks import Network
 
-KINDS = ("none", "share", "added", "sigmoid")
-
 
 def softened(logits_EBO: Tensor, teacher_EBO: Tensor, temperature: float) -> Tensor:
     """Distillation in nats: -sum over old classes of p(teacher / T) log p(logits / T), a mean over experts and batch.

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-RULES = ("total", "per_class")
-
 
 def class_order(
     classes: int, *, numpy_seed: int | None = None, shuffles_before: Sequence[int] = (), listed: Sequence[int] = ()

@@ -1,4 +1,4 @@
-// Batch norm, residual and ReLU in one, forward and backward, over channels-last activations (longtail.kernels).
+// Batch norm, residual and ReLU in one, forward and backward, over channels-last activations (longtail.networks.kernels).
 //
 // An activation is rows x channels, rows = batch * height * width, float32 or bfloat16. Memory is read twice forward
 // (moments, then values) and twice backward, instead of once an operation. Sums are float32 within a block of rows and
@@ -268,7 +268,7 @@ void choose_backward(const T* first_part, const T* second_part, const T* x, cons
   else backward<T, false, false>(first_part, second_part, x, out, rest...);
 }
 
-// Adds the gradient of the shortcut of option A (longtail.fused.shortcut) to that of x.
+// Adds the gradient of the shortcut of option A (longtail.networks.fused.shortcut) to that of x.
 template <class T>
 void add_shortcut(const T* gradient, int64_t images, int64_t height, int64_t width, int64_t channels, int64_t stride,
                   int64_t new_channels, T* grad_x) {

@@ -33,6 +33,7 @@ KINDS = (".onnx", ".pt2")
 OUTPUTS = ("logits", "probabilities")
 CLASSES = "classes"
 TOLERANCE = 1e-3  # nats between the file's logits and the pipeline's: other libraries round otherwise
+NO_HOLDER = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # MLflow's words for no such model, no such alias
 CHECKED = 256  # test images that the file is tried on
 SERVED, DECODE = Path(__file__).with_name("served.py"), Path(decode.__file__)
 READING = {"fit": "squash", "exif_orientation": False}  # settings of the reader `images` that say how files are read
@@ -283,8 +284,10 @@ def _holder(store: runs.Store, name: str, alias: str) -> str:
 
     try:
         version = store.client.get_model_version_by_alias(name, alias)
-    except MlflowException:
-        return ""
+    except MlflowException as error:
+        if error.error_code in NO_HOLDER:
+            return ""
+        raise ValueError(f"MLflow does not say who has {name}@{alias}: {str(error).splitlines()[0]}") from error
     return f"{name}@{alias} is version {version.version} ({version.tags.get('longtail.cell', 'of another program')})"
 
 

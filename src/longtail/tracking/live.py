@@ -7,7 +7,7 @@ a slow, full, dead or missing tracking server costs rows of a live picture and n
 * the pipe to the child never blocks, and whatever goes wrong here is one warning on stderr;
 * the child starts only when a training has lasted a while, so that a cell of seconds does not pay for it.
 
-The child (`python -m longtail.tracking live`) reads JSON lines and ends by itself when the pipe closes.
+The child (`python -m longtail.tracking.runs live`) reads JSON lines and ends by itself when the pipe closes.
 It leaves what it has to say in `runs/.live/<training>.log`. The open log file carries a lock as long as the
 child lives, by which `longtail track` knows a run that is still being written.
 """

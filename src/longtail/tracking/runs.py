@@ -11,7 +11,7 @@ Running it twice writes nothing the second time. Two digests find a run that is 
 A run of `longtail.tracking.live` has the first from its start; sync gives it what it lacks and then the second.
 The newest results of a cell carry `longtail.current` = yes, runs that they replaced = no.
 
-This is the only file that imports mlflow, and it does so late: 2 s that a broken lock need not wait for.
+mlflow is imported late: 2 s that a broken lock need not wait for.
 """
 
 import getpass
@@ -575,9 +575,9 @@ def live_child() -> None:
 
 
 def main() -> None:
-    """`python -m longtail.tracking live`: the child process of `longtail.tracking.live`."""
+    """`python -m longtail.tracking.runs live`: the child process of `longtail.tracking.live`."""
     if sys.argv[1:] != ["live"]:
-        sys.exit("usage: python -m longtail.tracking live < messages of longtail.live")
+        sys.exit("usage: python -m longtail.tracking.runs live < messages of longtail.tracking.live")
     began = time.monotonic()
     try:
         live_child()

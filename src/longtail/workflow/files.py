@@ -167,22 +167,26 @@ def save_arrays_by_part(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    with zipfile.ZipFile(partial, "w", allowZip64=True) as archive:
-        for name, (shape, rows) in parts.items():
-            with archive.open(Member(name), "w", force_zip64=True) as file:
-                header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, header)
-                count = 0
-                for part in rows:
-                    file.write(np.ascontiguousarray(part, "<f4").tobytes())
-                    count += len(part)
-            if count != shape[0]:
-                raise ValueError(f"{path}: {name} has {count} rows, not {shape[0]}")
-        for name, array in arrays.items():
-            buffer = io.BytesIO()
-            np.lib.format.write_array(buffer, np.asarray(array), allow_pickle=False)
-            archive.writestr(Member(name), buffer.getvalue())
-    partial.replace(path)
+    try:
+        with zipfile.ZipFile(partial, "w", allowZip64=True) as archive:
+            for name, (shape, rows) in parts.items():
+                with archive.open(Member(name), "w", force_zip64=True) as file:
+                    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(file, header)
+                    count = 0
+                    for part in rows:
+                        file.write(np.ascontiguousarray(part, "<f4").tobytes())
+                        count += len(part)
+                if count != shape[0]:
+                    raise ValueError(f"{path}: {name} has {count} rows, not {shape[0]}")
+            for name, array in arrays.items():
+                buffer = io.BytesIO()
+                np.lib.format.write_array(buffer, np.asarray(array), allow_pickle=False)
+                archive.writestr(Member(name), buffer.getvalue())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     return path
 
 

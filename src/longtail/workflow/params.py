@@ -538,6 +538,8 @@ class IncrementalRecipe(Block):
     def _fits(self) -> "IncrementalRecipe":
         if self.first.weight_average:
             raise ValueError("first.weight_average must be 0: a step goes on from the network itself")
+        if self.first.test_every or self.first.gradients_every:
+            raise ValueError("first.test_every and gradients_every must be 0: a chain looks at test after each step")
         if self.first.network.head == "cosine" and not self.bias:
             raise ValueError("bias: false is of a linear head; a cosine head has none")
         if self.body == "preactivation" and self.first.network.shared_groups != 1:
@@ -595,6 +597,7 @@ def _check_incremental(value: dict[str, Any], problems: list[str]) -> None:
                     known = ", ".join(map(str, there))
                     problems.append(f"incremental.plans.{plan}.{axis} = {name!r}: not in {axis}; there are {known}")
         _check_chains_of_files(value, plan, block, problems)
+        _check_chains_end(section, plan, block, problems)
 
 
 def _large(block: Any) -> bool:
@@ -624,6 +627,36 @@ def _check_chains_of_files(value: dict[str, Any], plan: str, block: Any, problem
         else:
             said = f"{first} is not of `streams`, and the recipe {name} names an architecture, which only those have"
         problems.append(f"incremental.plans.{plan}: {said}")
+
+
+def _check_chains_end(section: dict[str, Any], plan: str, block: Any, problems: list[str]) -> None:
+    """What a chain would find out after its first steps: hours later."""
+    blocks = {axis: _named(section, axis) for axis in ("protocols", "recipes", "trainings")}
+    protocols, recipes, trainings = (
+        {name: blocks[axis][name] for name in _names(block, axis) if isinstance(blocks[axis].get(name), dict)}
+        for axis in blocks
+    )
+    said = f"incremental.plans.{plan}: the training"
+    for name, training in trainings.items():
+        layer, start = training.get("teacher") == "bias_layer", training.get("start") == "teacher"
+        every, needs = training.get("loss") not in ("ce", "bce"), f"{said} {name} has a loss that needs every class"
+        if every and training.get("replay") is False:
+            problems.append(f"{needs}, and replay: false; allowed are ce and bce")
+        for other, protocol in protocols.items():
+            if layer and protocol.get("held_out") == 0:
+                problems.append(
+                    f"{said} {name} fits its teacher on held-out memory, and the protocol {other} has held_out: 0"
+                )
+            if every and training.get("replay") is True and protocol.get("memory") == 0:
+                problems.append(f"{needs}, and the protocol {other} has memory: 0; allowed are ce and bce")
+        for other, recipe in recipes.items():
+            network = _named(_named(recipe, "first"), "network")
+            if start and network.get("head") == "cosine":
+                problems.append(
+                    f"{said} {name} starts from a corrected head, which a cosine head (recipe {other}) is not"
+                )
+            if start and layer and recipe.get("bias") is False:
+                problems.append(f"{said} {name} starts from a corrected bias, and the recipe {other} has bias: false")
 
 
 def _names(block: Any, axis: str) -> list[str]:
@@ -727,10 +760,9 @@ def _check_names(value: dict[str, Any], problems: list[str]) -> None:
         experts = block.get("fuse") if isinstance(block, dict) else None
         for name in experts if isinstance(experts, list) else []:
             check(f"methods.{method}.fuse", name, "methods")
-            if isinstance(name, str) and name in methods and kind(name, methods[name])[0] == "fuse":
-                problems.append(
-                    f"methods.{method}.fuse = {name!r}: is fused itself; allowed are methods with a network"
-                )
+            if isinstance(name, str) and name in methods and (made := kind(name, methods[name])[0]) != "loss":
+                is_ = "is fused itself" if made == "fuse" else "starts from another network itself"
+                problems.append(f"methods.{method}.fuse = {name!r}: {is_}; allowed are methods that are trained")
     for plan in known("plans"):
         if isinstance(value["plans"][plan], dict):
             _check_kinds(plan, value["plans"][plan], methods, problems)
@@ -861,7 +893,7 @@ def load(path: str | Path = "params.yaml") -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
         _check_depth(text)
-        value = yaml.load(text, Loader=_UniqueKeys)
+        value = parsed(text)
     except FileNotFoundError:
         raise ParamsError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
@@ -871,6 +903,11 @@ def load(path: str | Path = "params.yaml") -> dict[str, Any]:
     validate(value, str(path))
     found: dict[str, Any] = value
     return found
+
+
+def parsed(text: str) -> Any:
+    """The content of params.yaml's text, as DVC reads it: YAML 1.2, in which 5e-05 is a number."""
+    return yaml.load(text, Loader=_UniqueKeys)
 
 
 def _check_depth(text: str) -> None:

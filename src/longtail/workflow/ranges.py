@@ -1,6 +1,6 @@
 """The kinds of values that params.yaml may hold, as annotations.
 
-The keyword-only arguments of a loss (`losses/<method>.py`) or reader (`sources/<reader>`) are annotated with
+The keyword-only arguments of a loss (`losses/<method>.py`) or reader (`data/sources/<reader>`) are annotated with
 these; params.py reads the annotations off the file, so that a new one needs no entry anywhere else.
 """
 

@@ -26,7 +26,7 @@ from longtail.workflow.fingerprint import fingerprint
 
 WRITTEN = ("out", "model", "history", "history_out", "profile")  # flags of the scripts that name what they write
 ROOM = 16 * 2**20  # bytes
-UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}")  # a file that tempfile.mkstemp made for `files.write_bytes`
+UNFINISHED = re.compile(r"\..+\.([a-z0-9_]{8}|partial)")  # what `files.write_bytes` and `save_arrays_by_part` begin
 
 
 @dataclass(frozen=True)
@@ -147,11 +147,32 @@ def resumed(checkpoint: Path) -> int | None:
         return None
 
 
+def own_device() -> None:
+    """Give each of several processes of a cell a GPU of its own, where LONGTAIL_DEVICE says `cuda`.
+
+    Raises ValueError for a kind of device that nothing here was written for, and for one GPU with several processes.
+    """
+    name = os.environ.get("LONGTAIL_DEVICE", "")
+    kind, _, number = name.partition(":")
+    if kind not in ("", "cpu", "cuda"):
+        raise ValueError(f"LONGTAIL_DEVICE={name}: allowed are cpu, cuda and cuda:<number>")
+    processes = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LONGTAIL_PROCESSES", "1")
+    if kind != "cuda" or processes == "1":
+        return
+    if number:
+        raise ValueError(
+            f"LONGTAIL_DEVICE={name} with {processes} processes: each has a GPU of its own; say cuda, and which there "
+            "are by CUDA_VISIBLE_DEVICES"
+        )
+    if "LOCAL_RANK" in os.environ:
+        os.environ["LONGTAIL_DEVICE"] = f"cuda:{os.environ['LOCAL_RANK']}"
+
+
 def sweep(paths: Iterable[str]) -> None:
     """Remove what a write of these files, or of files in these folders, left when it was killed.
 
-    `longtail.workflow.files` writes `.<name>.<eight letters>` beside a file and renames it. A cell's folder below runs/
-    is its own, and DVC lets one stage at a time write there, so that nobody is at those files now.
+    `longtail.workflow.files` writes `.<name>.<eight letters>` or `.<name>.partial` beside a file and renames it. A
+    cell's folder below runs/ is its own, and DVC lets one stage at a time write there: nobody is at those files now.
     """
     for path in map(Path, paths):
         beside = path.parent.glob(f".{'*' if path.parts[0] == 'runs' else path.name}.*")
@@ -182,8 +203,8 @@ def said(error: OSError) -> str:
 
 
 def is_write(frame: FrameType) -> bool:
-    """Whether a frame is that of `files.write_bytes`."""
-    return frame.f_code is files.write_bytes.__code__
+    """Whether a frame is that of a function of `files` that writes the file `path`."""
+    return frame.f_code in (files.write_bytes.__code__, files.save_arrays_by_part.__code__)
 
 
 GIVEN: dict[str, Any] = {}  # params, where no `dvc repro` runs the stage: see `given`
@@ -218,6 +239,7 @@ def run(*flags: str) -> Iterator[tuple[SimpleNamespace, dict[str, Any]]]:
         return
     parent.be_ready()
     try:
+        own_device()
         check_room()
         stage, code, checked = declared(), Code(), schema.load()
         args.stage = stage.name

@@ -24,7 +24,7 @@ Read = Callable[..., dict[str, np.ndarray]]
 
 
 def load(reader: str) -> Read:
-    """The `read` function of longtail/sources/<reader>.
+    """The `read` function of longtail/data/sources/<reader>.
 
     Raises ValueError naming the readers there are when there is no such folder.
     """

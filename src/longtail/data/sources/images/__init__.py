@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -61,7 +62,8 @@ def look(
             on_file()
         return hashlib.sha256(data).digest(), pixels, facts
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        warnings.simplefilter("ignore")  # threads would put each other's filters back, decode's own
         found = list(pool.map(one, rows))
     good = [n for n, (_, pixels, _) in enumerate(found) if pixels is not None]
     return Looked(
