@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{number:,} PNG files of {len(names)} classes, {most} to {LEAST}, made of CIFAR-10's training images."
         )
         cells = " --only '*-ce-1'" if args.quick else ""
-        for plan, more in ((PLAN, ""), *([("tuned", " --name tuned --tune")] if args.tune else [])):
+        for plan, more in ((PLAN, ""), (f"{PLAN}_tuned", " --tune"))[: 1 + args.tune]:
             rows = []
             for command in (f"new {images}{more}", f"run {plan} --jobs 2{cells}"):
                 wall, processor = timed(f"python -m longtail.cli {command}", tree)
