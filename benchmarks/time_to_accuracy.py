@@ -30,7 +30,8 @@ PLANS = ("paper-cifar100", "paper-cifar100-ldam", "paper-cifar100-tails", "paper
 def main(argv: Sequence[str] | None = None) -> None:
     """Collect, print, write, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plan", nargs="+", default=PLANS, help="plans whose cells to collect")
+    begun = [plan for plan in PLANS if (ROOT / "stages" / plan / "dvc.lock").is_file()]
+    parser.add_argument("--plan", nargs="+", default=begun, help="plans whose cells to collect")
     parser.add_argument("--dataset", default="cifar100_if100", help="the one that comes first and is drawn")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
     args = parser.parse_args(argv)
