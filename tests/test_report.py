@@ -883,6 +883,10 @@ def test_training_time_is_drawn_where_it_is_known(cells, published, tmp_path):
         "60.0 %.",
         "What memory buys: BalPoE (3 experts), recipe plain, 900 MiB 60.0 %.",
     ]
+    files.write_csv(times, rows[:1], list(rows[0]))
+    assert "A training took 10 minutes: Cross-entropy, plain, has 54.0 % for 10." in markdown_of(
+        outcomes.read("toy", PLAN, cells, times), []
+    )
     times.write_text("dataset,recipe\nx,y\n")
     with pytest.raises(ValueError, match=r"times\.csv: no column 'method'"):
         outcomes.read("toy", PLAN, cells, times)

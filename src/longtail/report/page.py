@@ -451,7 +451,8 @@ def cost_part(it: Found) -> Part | None:
         f"{method_name(row['method'])}, {row['recipe']}, has {100 * row['accuracy']:.1f} % for {row['minutes']:.0f}"
         for row in (best, least)
     ]
-    says = f"A training took {low} to {high} minutes: {'; '.join(cases)}."
+    took = low if low == high else f"{low} to {high}"
+    says = f"A training took {took} minutes: {'; '.join(dict.fromkeys(cases))}."
     figures = [
         plots.cost(known, what, recipes=it.plan["recipes"], **it.style)
         for what in plots.COSTS if (known := [row for row in timed if row[what] is not None])
