@@ -53,7 +53,7 @@ STEPS = (
 BLOCK = re.compile(r"incremental\.(recipes|trainings|protocols|orders)\.\w+")  # all its lines touch the same stages
 HEAD = """# What re-runs when a line of params.yaml changes
 
-Made by `python docs/params_table.py`, which changes each line in a copy and asks DVC; tests/test_pipeline.py asks again for a fourth of them.
+Made by `python docs/params_table.py`, which changes each line in a copy and asks DVC; the suite asks about some again.
 `check` re-runs for every line, `manifests` for those under methods and sources: a second or two, and nothing follows
 from either but for another loss or reader. 'Follows' holds where an out really changes: DVC stops a chain there else.
 
