@@ -688,6 +688,39 @@ def test_a_measure_that_some_cells_do_not_have_yet_is_a_dash_there(cells, publis
     assert "| AURC |" in written(cells, published, tmp_path / "out")["table.md"].decode()
 
 
+def test_methods_made_of_the_same_trainings_are_paired_by_seed(cells):
+    """The slow twin is in test_differences.py; here, which rows are: what cells say of their trainings decides."""
+
+    def trained(method, seed, *first_epochs):
+        steps = [{"step": "train", "first_epoch": one} for one in first_epochs] + [{"step": "predict"}]
+        edit(cells / f"toy_if10/plain/{method}/{seed}/metrics.json", lambda m: m.update(provenance=steps))
+
+    def paired():
+        results = outcomes.read("toy", PLAN, cells)
+        table = outcomes.rows(results, [])
+        a, b = find(table, "ce"), find(table, "balpoe")
+        found = differences.compared(results, a, b)
+        right = [differences._right(results, row) for row in (a, b)]
+        own, loose = differences.of_corrections(*right), differences.over_seeds(results, a, b)
+        assert own != loose
+        same = differences.same_trainings(results, a, b)
+        assert found == differences.difference(*right, own if same else loose)
+        return same
+
+    assert not paired()  # not recorded
+    for seed in (0, 1):
+        trained("ce", seed, f"weights of {seed}")
+        trained("balpoe", seed, f"weights of {seed}")
+    assert paired()
+    trained("balpoe", 1, "weights of another")
+    assert not paired()
+    trained("balpoe", 1, "weights of 1", "weights of another")  # experts trained apart, one of them that network
+    assert not paired()
+    trained("balpoe", 1, None)
+    trained("ce", 1, None)
+    assert not paired()
+
+
 def test_what_computed_the_cells_is_said_of_each_and_not_recorded_where_it_was_not(cells, published, tmp_path):
     by = {"device": "cpu", "instructions": "AVX2", "kernels": False, "threads": 2, "processes": 1}
     steps = [

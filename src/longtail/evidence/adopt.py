@@ -361,13 +361,16 @@ def changed_kernels(root: Path, one: Stale, old: Path) -> str:
 
 
 def job(root: Path, one: Stale, steps: int) -> dict[str, Any]:
-    """What longtail.evidence.probe is to do with a cell.
+    """What longtail.evidence.probe is to do with a cell: its stages up to the last one that is of other code.
+
+    What comes after is the same code, and its input the same bytes, or the cell is refused.
 
     Raises ValueError when its data are not there.
     """
     entries = {**one.bases, **one.stages}
     data, stages = {}, []
-    for name, entry in entries.items():
+    last = max(place for place, name in enumerate(entries) if name in one.changed)
+    for name, entry in [*entries.items()][: last + 1]:
         outs = [out["path"] for out in entry.get("outs", ())]
         argv = entry["cmd"].split()[1:]
         if f"{manifest.FOLDER}/{Path(PORTABLE).stem}.txt" in one.changed.get(name, ()):

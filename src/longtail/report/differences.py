@@ -22,12 +22,12 @@ HEADER = ("Method", "Recipe", "Correction", "Seeds", "All", "Images", "Against c
           "p", "Verdict")  # fmt: skip
 READING = (
     "Differences in points, in brackets the 95 % interval. Two accuracies are compared image by image on the same test "
-    "images, and by the spread over seeds, of each recipe its own, pooled over its methods (of two corrections of one "
-    "method's networks: the spread of their difference); Student's t, Welch and Satterthwaite's degrees of freedom. "
-    "p is for the difference to the highest of the recipe, by Holm's method for all its rows together. The highest was "
-    "found on these test images, which flatters it a little. Where one of the two has one seed, the interval is over "
-    "images alone, and a difference holds for these networks, not for methods. 'Images': standard error over test "
-    "images of one network, in points, by bootstrap."
+    "images, and by the spread over seeds, of each recipe its own, pooled over its methods (of two that are made of "
+    "the same trainings, as two corrections are: the spread of their difference); Student's t, Welch and "
+    "Satterthwaite's degrees of freedom. p is for the difference to the highest of the recipe, by Holm's method for "
+    "all its rows together. The highest was found on these test images, which flatters it a little. Where one of the "
+    "two has one seed, the interval is over images alone, and a difference holds for these networks, not for methods. "
+    "'Images': standard error over test images of one network, in points, by bootstrap."
 )
 
 
@@ -120,9 +120,9 @@ def over_images(each_N: np.ndarray) -> Spread:
 
 
 def of_corrections(a_SN: np.ndarray, b_SN: np.ndarray) -> list[Spread]:
-    """Over the seeds of two corrections of the same networks: of the networks' own differences; none for one seed.
+    """Over the seeds of two things made of the same trainings: of their own differences; none for one seed.
 
-    Raises ValueError when the networks are not the same.
+    Raises ValueError when there are not as many.
     """
     if len(a_SN) != len(b_SN):
         raise ValueError(f"(seeds, images) are {a_SN.shape} and {b_SN.shape}: nothing to pair")
@@ -167,8 +167,24 @@ def over_seeds(results: Results, *rows: Row) -> list[Spread]:
 def compared(results: Results, a: Row, b: Row) -> Difference:
     """The difference of two rows of longtail.report.outcomes.rows, of one data set."""
     a_SN, b_TN = _right(results, a), _right(results, b)
-    same = (a.recipe, a.method) == (b.recipe, b.method)
-    return difference(a_SN, b_TN, of_corrections(a_SN, b_TN) if same else over_seeds(results, a, b))
+    paired = same_trainings(results, a, b)
+    return difference(a_SN, b_TN, of_corrections(a_SN, b_TN) if paired else over_seeds(results, a, b))
+
+
+def same_trainings(results: Results, a: Row, b: Row) -> bool:
+    """Whether seed for seed the rows are of the same trainings: two corrections of a method's networks; another head on
+    its features; its experts looking at mirrored images too. What a cell's files say of its trainings decides.
+    """
+    if (a.recipe, a.method) == (b.recipe, b.method):
+        return True
+    mine, theirs = (
+        [
+            [step.get("first_epoch") for step in outcome.provenance if step["step"] == "train"]
+            for outcome in results.of(row)
+        ]
+        for row in (a, b)
+    )
+    return a.seeds == b.seeds and mine == theirs and all(each and all(each) for each in mine)
 
 
 def to_published(results: Results, row: Row) -> Difference | None:

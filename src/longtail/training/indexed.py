@@ -83,9 +83,7 @@ def extract(
                 Path(out), arrays, made.facts, [path for path, _ in todo],
                 {"kinds": kinds, "left_out": wrong, "index": about},
             )  # fmt: skip
-        except (
-            ValueError
-        ):  # refused, or of a class nothing is left: a file that is mended may have the size that it had
+        except ValueError:  # refused, or a class has none left; a file that is mended may have the size that it had
             for path in broken_shards:
                 path.unlink()
             raise
