@@ -62,11 +62,11 @@ def picture(page: str) -> bytes:
     return base64.b64decode(page.split("data:image/png;base64,")[1].partition('"')[0])
 
 
-def with_tables(document: str, copied: list[str]) -> str:
+def with_tables(document: str, copied: list[str], start: str = START) -> str:
     """`document` with each of `copied` between its two marks; ValueError where there are not as many."""
-    before, *rest = document.split(START)
+    before, *rest = document.split(start)
     tables = zip(copied, (part.split(END)[1] for part in rest), strict=True)
-    return before + "".join(START + table + END + after for table, after in tables)
+    return before + "".join(start + table + END + after for table, after in tables)
 
 
 def committed(path: str) -> str:

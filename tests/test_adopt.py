@@ -140,6 +140,18 @@ def test_a_small_copy_has_all_groups_and_tails_of_its_own():
     assert len(small["train_labels"]) < 250 and len(small["test_labels"]) == 400
 
 
+@pytest.mark.parametrize(("changed", "run"), [(["refit"], 2), (["predict"], 3), (["refit", "evaluate"], 4)])
+def test_what_comes_after_the_last_change_is_not_run(changed, run):
+    """The same code makes the same bytes of the same bytes; a base of the same code is needed all the same."""
+    one = stale_cell("f" * 32)
+    names = ["refit", "predict", "evaluate"]
+    one.bases = {"train-quick@base": {"cmd": "python stages/train.py", "deps": []}}
+    one.stages = {f"{name}-quick@x": {"cmd": f"python stages/{name}.py", "deps": []} for name in names}
+    one.changed = {f"{name}-quick@x": {"stages/code/x.txt": "a"} for name in changed}
+    asked = [stage["argv"] for stage in adopt.job(ROOT, one, 5)["stages"]]
+    assert asked == [[f"stages/{name}.py"] for name in ["train", *names]][:run]
+
+
 def test_what_computes_all_of_it_is_not_adopted():
     one = stale_cell("f" * 32)
     one.stages = {"evaluate-quick@x": {"cmd": "python stages/portable.py stages/evaluate.py", "deps": []}}

@@ -193,10 +193,9 @@ def test_the_table_of_params_is_what_dvc_says():
     assert result.returncode == 0, result.stderr
 
 
-def test_the_tables_in_documents_are_those_of_the_committed_results():
-    result = subprocess.run(
-        [sys.executable, "docs/tables.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+@pytest.mark.parametrize("script", ["docs/tables.py", "docs/papers.py"])
+def test_the_tables_in_documents_are_those_of_the_committed_results(script):
+    result = subprocess.run([sys.executable, script, "--check"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 
 

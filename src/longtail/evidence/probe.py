@@ -30,7 +30,7 @@ SHOTS = {"many_above": 3, "few_below": 3, "distribution_ratios": [2, 4]}  # with
 FEW_AT_A_TIME = 64  # images, so that even a small copy takes several turns
 FEW_LOGITS = 512  # 5 rows of 100 classes
 OF_A_CLASS, CHAIN_BATCH = 24, 16  # of a chain of trainings: few classes in a step, of which some images are held out
-BF16_STEPS = 2  # in bf16 where the processor does not do it: emulated, and slow
+BF16_STEPS = 1  # in bf16 where the processor does not do it: emulated, and slow
 
 
 class Enough(Exception):  # noqa: N818
