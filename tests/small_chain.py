@@ -38,7 +38,6 @@ TRAINING = {
     "loss": "ce", "arguments": {}, "replay": True, "distillation": "share", "temperature": 2.0, "teacher": "raw",
     "start": "raw",
 }  # fmt: skip
-FINGERPRINT = "0123456789abcdef"
 ORDER = {"listed": [4, 2, 0, 5, 1, 3]}
 PROTOCOL = {
     "first_classes": 2, "step_classes": 2, "memory": 24, "memory_rule": "total", "selection": "herding",
@@ -63,7 +62,7 @@ def data(path: Path, train_size: int = 20, test_size: int = 5, seed: int = 0) ->
     )  # fmt: skip
 
 
-def run(data_path: Path, out: Path, fingerprint: str = FINGERPRINT, **changes: Any) -> Path:
+def run(data_path: Path, out: Path, fingerprint: str = "small", **changes: Any) -> Path:
     """Train the chain below the working folder and write its model, history and predictions into `out`."""
     blocks = {"order": ORDER, "protocol": PROTOCOL, "recipe": RECIPE, "training": TRAINING}
     blocks = {name: {**block, **changes.get(name, {})} for name, block in blocks.items()}
@@ -72,7 +71,6 @@ def run(data_path: Path, out: Path, fingerprint: str = FINGERPRINT, **changes: A
         cell, fingerprint, data=str(data_path), model=str(out / "model"), history=str(out / "history.csv"), **blocks
     )
     if processes.rank() == 0:
-        stage.over([str(out / "model")])  # as the pipeline does before a stage that starts from it
         del blocks["recipe"]
         predict.predict(
             str(data_path), str(out / "model"), str(out / "predictions.npz"), seed=int(cell["seed"]), **blocks

@@ -72,11 +72,12 @@ def test_predictions_are_of_every_split_and_of_the_saved_network(cell):
     np.testing.assert_allclose(arrays["last_test_logits"][:, :3], logits.numpy(), rtol=1e-4, atol=1e-4)
 
 
-def test_training_leaves_its_history(cell, tmp_path):
+def test_training_leaves_its_history_and_no_checkpoint(cell, tmp_path):
     rows = files.read_csv("cell/history.csv")
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert all((row["held_out_accuracy"] != "") == cell for row in rows)
     assert [row["test_accuracy"] != "" for row in rows] == [False, True]
+    assert not list(tmp_path.glob("runs/.checkpoints/*.pt*"))
     machine = json.loads((tmp_path / "cell/machine.json").read_text())
     assert machine["training"] == "f" * 16 and machine["seconds"] > 0
 

@@ -127,7 +127,7 @@ def test_herding_is_its_slow_twin(doubled):
     features = np.abs(np.random.default_rng(1).normal(size=(14, 5)))
     if doubled:
         features[7:] = features[:7]  # the same image twice: both may be taken, none is taken twice
-    features = memory.unit(features)
+    features = memory.normalised(features)
     found = memory.herding(features, 10)
     assert len(set(found.tolist())) == 10
     if doubled:
@@ -156,7 +156,7 @@ def slow_herding_released(features_ND, count):
 
 @pytest.mark.parametrize("count", [5, 40, 60])
 def test_the_released_herding_is_its_slow_twin(count):
-    features = memory.unit(np.abs(np.random.default_rng(3).normal(size=(60, 4))))
+    features = memory.normalised(np.abs(np.random.default_rng(3).normal(size=(60, 4))))
     assert memory.herding_released(features, count).tolist() == slow_herding_released(features, count)
 
 
@@ -309,7 +309,7 @@ def content(folder: Path) -> dict[str, bytes]:
     }  # fmt: skip
 
 
-def test_a_chain_leaves_its_steps_and_once_they_are_recorded_nothing_else(chain):
+def test_a_chain_leaves_its_steps_and_nothing_else(chain):
     names = [f"model/step_0{t}.safetensors" for t in range(3)]
     assert set(content(chain / "out")) == {*names, "model/memory.npz", "model/steps.json", "history.csv"}
     assert not [path for path in (chain / "runs").rglob("*") if path.is_file()]
@@ -346,7 +346,7 @@ def test_a_chain_that_is_killed_again_and_again_ends_with_the_same_bytes(chain, 
     command = [sys.executable, str(Path(__file__).with_name("small_chain.py")), options]
     environment = {**os.environ, "LONGTAIL_CHECKPOINT_S": "0", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     rng, kills = np.random.default_rng(0), 0
-    kept = tmp_path / "runs/.checkpoints" / small_chain.FINGERPRINT
+    kept = tmp_path / "runs/.checkpoints/small"
     for wait in rng.uniform(0, 0.6, 6):
         running = subprocess.Popen(command, cwd=tmp_path, env=environment)
         while running.poll() is None and not [*kept.glob("*.pt"), *kept.glob("*.npz")]:

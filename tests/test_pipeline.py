@@ -384,11 +384,9 @@ def test_params_edited_during_a_training_are_not_recorded_as_its_own(clone):
     stage = f"train-quick@{GALA}"
     clone.edit("epochs: 3\n", "epochs: 30\n")
     before = clone.lock()[stage]
-    kept = clone.root / "runs/.checkpoints"
     process = subprocess.Popen(
         [sys.executable, "-m", "dvc", "repro", "-s", f"stages/quick/dvc.yaml:{stage}"], cwd=clone.root, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env={**os.environ, "PYTHONPATH": str(clone.root / "src"), "LONGTAIL_CHECKPOINT_S": "0"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(clone.root / "src")},
     )  # fmt: skip
     assert process.stdout is not None
     output = ""
@@ -399,15 +397,6 @@ def test_params_edited_during_a_training_are_not_recorded_as_its_own(clone):
     assert process.wait() != 0
     assert f"{stage}: its code, data or params were edited while it ran" in output
     assert clone.lock()[stage] == before
-    # the edit taken back, the training is there but for what DVC would not have; the next stage tidies up
-    clone.restore()
-    clone.edit("epochs: 3\n", "epochs: 30\n")
-    assert len([*kept.glob("*.pt")]) == 1
-    again = clone.run(sys.executable, "-m", "dvc", "repro", "-s", f"stages/quick/dvc.yaml:{stage}")
-    assert f"{GALA} goes on from epoch 31" in again and "epoch 29/30" not in again
-    assert len([*kept.glob("*.pt")]) == 1
-    clone.repro("-s", f"stages/quick/dvc.yaml:predict-quick@{GALA}")
-    assert not [*kept.glob("*.pt")]
     clone.restore()
     clone.repro()
 

@@ -113,28 +113,6 @@ def test_each_process_of_a_cell_has_a_gpu_of_its_own(monkeypatch, workspace, giv
         assert os.environ["LONGTAIL_DEVICE"] == taken
 
 
-def test_what_a_training_kept_goes_when_a_stage_starts_from_its_result(workspace, monkeypatch):
-    """DVC has the result then; that of another training, and of one whose file is damaged, stays."""
-    monkeypatch.setattr(
-        stage, "declared", lambda: Stage("work", "python work.py", ["runs/a/model", "runs/b/model"], [])
-    )
-    mine, other = "0123456789abcdef", "f" * 16
-    for name in (f"{mine}.pt", f".{mine}.pt.abcdefgh", f"{mine}/step_00.npz", f"{other}.pt", f"{other}/step_00.npz"):
-        files.write_bytes(f"runs/.checkpoints/{name}", b"")
-    for cell in "ab":
-        files.write_bytes(f"runs/{cell}/model/last.safetensors", b"")
-    files.write_json("runs/a/machine.json", {"training": mine})
-    files.write_bytes("runs/b/machine.json", b"[")
-    with stage.run("out"):
-        pass
-    left = {path.relative_to("runs/.checkpoints").as_posix() for path in stage.CHECKPOINTS.rglob("*") if path.is_file()}
-    assert left == {f"{other}.pt", f"{other}/step_00.npz"}
-    files.write_json("runs/a/machine.json", {"training": "../.."})  # of another program: nothing is followed
-    with stage.run("out"):
-        pass
-    assert stage.CHECKPOINTS.exists() and (workspace / "params.yaml").exists()
-
-
 def test_a_key_that_is_not_in_params_is_named():
     with pytest.raises(KeyError, match=r"params\.yaml has no methods\.focal"):
         stage.pick({"methods": {"ce": {}}}, ["methods.focal"])

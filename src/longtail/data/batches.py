@@ -172,16 +172,17 @@ def epoch(
     _check_augmentation(augmentation)
     _check_alphas(mixup_alpha, cutmix_alpha)
     height, width = split.images.shape[2:]
-    together = augmented_together(split, batch_size)
     normalize = normalizer(mean, std, channels_last=channels_last, device=split.images.device)
     order = draw_order(split, class_balanced=class_balanced, generator=torch_generator(seed, ORDER, epoch))
     order = order[: batches * batch_size]
+    pixels = max(height * width, split.images.shape[1] * height * width // 3)  # features are many channels of one pixel
+    per_chunk = max(1, CHUNK_PIXELS // (batch_size * pixels))
     draw = partial(draw_mixing, height=height, width=width, mixup_alpha=mixup_alpha, cutmix_alpha=cutmix_alpha)
 
     def later_batches() -> Iterator[Batch]:
-        for chunk in range(start_batch // together, -(-batches // together)):
-            first = chunk * together
-            rows = order[first * batch_size : (first + together) * batch_size]
+        for chunk in range(start_batch // per_chunk, -(-batches // per_chunk)):
+            first = chunk * per_chunk
+            rows = order[first * batch_size : (first + per_chunk) * batch_size]
             joint = torch.split(torch.arange(len(rows)), batch_size)[max(0, start_batch - first) :]
             if not joint:  # the epoch was taken up after its last batch
                 return
@@ -195,13 +196,6 @@ def epoch(
             )  # fmt: skip
 
     return later_batches()
-
-
-def augmented_together(split: Split, batch_size: int) -> int:
-    """How many batches in a row an epoch takes from `split.images` in one go."""
-    _, channels, height, width = split.images.shape
-    pixels = max(height * width, channels * height * width // 3)  # features are many channels of one pixel
-    return max(1, CHUNK_PIXELS // (batch_size * pixels))
 
 
 def _chunk(

@@ -1,5 +1,7 @@
 """One cell of fine-tuning: builds network and loss, has the engine train what is trained, writes the whole network."""
 
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,12 @@ from longtail.data import batches
 from longtail.finetuning import trunk
 from longtail.losses import BaseLoss
 from longtail.networks import tuned
-from longtail.training import engine, inference
-from longtail.training.cell import run, write_epochs
+from longtail.training import engine, inference, machine, provenance
+from longtail.training.cell import HISTORY, shown
+from longtail.training.checkpoints import Checkpoint
 from longtail.workflow import files, processes
 
+NOT_OF_THE_ENGINE = ("network", "normalization", "window")  # of a recipe
 PLAIN = {
     "augmentation": {
         "crop_padding": 0, "flip": False, "policy": "none", "color_jitter": [0, 0, 0, 0], "rotation": 0, "cutout": 0,
@@ -130,8 +134,64 @@ def train(
     processes.stop()
 
 
+def run(
+    cell: dict[str, str],
+    fingerprint: str,
+    network: networks.Network,
+    loss: BaseLoss,
+    splits: Mapping[str, batches.Split],
+    *,
+    recipe: dict[str, Any],
+    method: dict[str, Any],
+    device: torch.device,
+    model: str,
+    write: Callable[[engine.Fitted], None],
+) -> None:
+    """Have the engine train a network, go on where a checkpoint says so, and `write` what comes of it.
+
+    Args:
+        splits: train, and held_out and test where they are to be looked at.
+        the others: as those of `train`.
+
+    Raises FloatingPointError, naming the cell, for a loss that is not finite.
+    """
+    settings = {key: value for key, value in recipe.items() if key not in NOT_OF_THE_ENGINE}
+    checkpoint = Checkpoint(Path("runs/.checkpoints") / f"{fingerprint}.pt", f"{fingerprint} torch {torch.__version__}")
+    first = processes.rank() == 0
+    with (
+        checkpoint.alone() if first else nullcontext(),
+        shown(cell, fingerprint, recipe, method) if first else nullcontext(lambda row: None) as on_epoch,
+    ):
+        try:
+            fitted = engine.fit(
+                network, loss, splits["train"], splits.get("held_out"), splits.get("test"),
+                seed=int(cell["seed"]), checkpoint=checkpoint, on_epoch=on_epoch, **settings,
+            )  # fmt: skip
+        except FloatingPointError as error:
+            kept = f"; the checkpoint before it is {checkpoint.path}" if checkpoint.load() else ""
+            raise FloatingPointError(f"{' '.join(cell.values())}: {error}{kept}") from error
+        if first:
+            precision = inference.precision_on(device, recipe["precision"])
+            write(fitted)
+            by = provenance.record("train", device, precision=precision, first_epoch=fitted.first_epoch)
+            provenance.write(model, [by])
+            machine.write(
+                model, fingerprint, device, seconds=fitted.seconds, precision=precision,
+                images_per_s=len(splits["train"]) * recipe["epochs"] / fitted.seconds,
+            )  # fmt: skip
+            checkpoint.remove()
+
+
 def write(whole: tuned.Tuned, fitted: engine.Fitted, folder: Path, history: str) -> None:
     """The network after the last epoch, and the best one where there is a held-out set, each whole; and the history."""
-    for which in write_epochs(fitted, folder, history):
+    epochs = {"last": len(fitted.history)}
+    if fitted.best is not None and fitted.best_epoch is not None:
+        epochs["best"] = fitted.best_epoch
+    for which in epochs:
         whole.load_state_dict(safetensors.torch.load(getattr(fitted, which)), strict=False)  # the trunk is as it was
         networks.save(whole, folder / f"{which}.safetensors")
+    files.write_json(folder / "epochs.json", epochs)
+    columns = dict.fromkeys(HISTORY)
+    for row in fitted.history:
+        columns |= dict.fromkeys(row)
+    files.write_csv(history, fitted.history, [*columns])

@@ -7,7 +7,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from longtail.posthoc.growing import unit
+
+def normalised(features_ND: np.ndarray) -> np.ndarray:
+    """Features of length one, in float64."""
+    features_ND = features_ND.astype(np.float64)
+    return features_ND / np.maximum(np.linalg.norm(features_ND, axis=1, keepdims=True), 1e-12)
 
 
 def herding(features_ND: np.ndarray, count: int) -> np.ndarray:
@@ -58,7 +62,7 @@ def select(features_ND: np.ndarray, count: int, *, way: str, generator: np.rando
 
 
 SELECTIONS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
-    "herding": lambda features_ND, count: herding(unit(features_ND), count),
-    "herding_released": lambda features_ND, count: herding_released(unit(features_ND), count),
+    "herding": lambda features_ND, count: herding(normalised(features_ND), count),
+    "herding_released": lambda features_ND, count: herding_released(normalised(features_ND), count),
     "herding_raw": herding,
 }

@@ -5,6 +5,7 @@ images of later steps and the test images are not even read.
 """
 
 import json
+import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from longtail.incremental.protocol import Step
 from longtail.losses import BaseLoss
 from longtail.networks import Network, product
 from longtail.training import engine, inference, machine, provenance
-from longtail.training.cell import NOT_OF_THE_ENGINE, Progress
+from longtail.training.cell import Progress
 from longtail.training.checkpoints import Checkpoint
 from longtail.training.refit import features
 from longtail.workflow import files, processes
@@ -209,7 +210,7 @@ class Walk:
         self, network: Network, objective: BaseLoss, train: batches.Split, recipe: dict[str, Any], **how: Any
     ) -> engine.Fitted:
         """One step's training. Images that are files are told here what comes next (longtail.streaming.chain)."""
-        settings = {key: value for key, value in recipe.items() if key not in NOT_OF_THE_ENGINE}
+        settings = {key: value for key, value in recipe.items() if key not in ("network", "normalization")}
         return engine.fit(network, objective, train, None, None, **how, **settings)
 
     def _student(self, step: Step, recipe: dict[str, Any]) -> Network:
@@ -258,13 +259,15 @@ class Walk:
 
 
 def follow(walk: Walk, model: Path, history: str) -> None:
-    """Take all steps, and write what they leave. They stay where they are until DVC has that (`workflow.stage`)."""
+    """Take all steps, and write what they leave."""
     lock = Checkpoint(walk.kept / "chain.pt", walk.fingerprint)
     with lock.alone() if processes.rank() == 0 else nullcontext():
         for step in walk.chain.steps:
             walk.take(step)
+        processes.add_up(torch.zeros(1, device=walk.device))  # wait: nobody reads any more what is removed below
         if processes.rank() == 0:
             write(walk, model, history)
+            shutil.rmtree(walk.kept)
 
 
 def write(walk: Walk, folder: Path, history: str) -> None:

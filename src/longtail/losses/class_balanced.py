@@ -47,8 +47,7 @@ class Loss(BaseLoss):
     def forward(self, logits_EBC: Tensor, labels_B: Tensor, weight: float = 1.0) -> Tensor:
         """Mean over experts and batch, in nats."""
         labels_N = labels_B.expand(len(logits_EBC), -1).flatten()
-        weight_C = self.weight_C.to(logits_EBC.dtype)
-        loss_N = F.cross_entropy(logits_EBC.flatten(0, 1), labels_N, weight_C, reduction="none")
+        loss_N = F.cross_entropy(logits_EBC.flatten(0, 1), labels_N, self.weight_C, reduction="none")
         if self.divide_by == "weights":
-            return weight * loss_N.sum() / weight_C[labels_N].sum()
+            return weight * loss_N.sum() / self.weight_C[labels_N].sum()
         return weight * loss_N.mean()

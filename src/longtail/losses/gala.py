@@ -95,11 +95,11 @@ class Loss(BaseLoss):
         positive_B = weight * (1 - own_EB).sum(0) / (experts * batch)
         if self.variant == "classifier":
             others_BC = probability_EBC.sum(0).scatter(1, labels_B.unsqueeze(1), 0)
-            self.step_2C[0].index_add_(0, labels_B, positive_B.float())
+            self.step_2C[0].index_add_(0, labels_B, positive_B)
             self.step_2C[1] += weight * others_BC.sum(0) / (experts * batch)
         else:
             negative_B = weight * (probability_EBC.sum(2) - own_EB).sum(0) / (experts * batch)
-            self.step_2C.index_add_(1, labels_B, torch.stack([positive_B, negative_B]).float())
+            self.step_2C.index_add_(1, labels_B, torch.stack([positive_B, negative_B]))
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -59,7 +59,7 @@ class Loss(BaseLoss):
     def _accumulate(self, adjusted_EBC: Tensor, labels_B: Tensor, weight: float) -> None:
         # of each expert's own mean over the batch, so that theta_e is what it would be in a training of its own
         own_EB = adjusted_EBC.softmax(-1).gather(2, labels_B.view(1, -1, 1).expand(self.experts, -1, 1)).squeeze(2)
-        self.step_EC.index_add_(1, labels_B, (weight * (1 - own_EB) / len(labels_B)).float())
+        self.step_EC.index_add_(1, labels_B, weight * (1 - own_EB) / len(labels_B))
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from longtail.data import batches
 from longtail.data.large.pixels import CHANNELS
+from longtail.finetuning.train import NOT_OF_THE_ENGINE
 from longtail.incremental import predict as incremental
 from longtail.incremental.data import Chain
 from longtail.incremental.train import Walk, follow
@@ -18,7 +19,6 @@ from longtail.streaming import sets
 from longtail.streaming.images import Images
 from longtail.streaming.train import announced, reading
 from longtail.training import engine, inference
-from longtail.training.cell import NOT_OF_THE_ENGINE
 from longtail.workflow import processes
 
 

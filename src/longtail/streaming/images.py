@@ -149,10 +149,10 @@ def requests(
         split, class_balanced=class_balanced, generator=batches.torch_generator(seed, batches.ORDER, epoch)
     )[: count * batch_size]
     height, width = split.images.shape[2:]
-    together = batches.augmented_together(split, batch_size)
-    for chunk in range(start_batch // together, -(-count // together)):
+    per_chunk = max(1, batches.CHUNK_PIXELS // (batch_size * height * width))
+    for chunk in range(start_batch // per_chunk, -(-count // per_chunk)):
         wanted = []
-        for number in range(max(start_batch, chunk * together), min((chunk + 1) * together, count)):
+        for number in range(max(start_batch, chunk * per_chunk), min((chunk + 1) * per_chunk, count)):
             joint = torch.arange(number * batch_size, min((number + 1) * batch_size, len(order)))
             mixing = batches.draw_mixing(
                 len(joint), height=height, width=width, mixup_alpha=mixup_alpha, cutmix_alpha=cutmix_alpha,

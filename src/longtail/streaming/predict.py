@@ -8,20 +8,21 @@ N images, n of them, D features, E experts.
 
 from collections.abc import Iterator
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from longtail import heads as ways
 from longtail import networks
 from longtail.data import batches
 from longtail.data.large import feed
 from longtail.networks import own, tuned
 from longtail.streaming import sets
 from longtail.streaming.train import reading
-from longtail.training import inference, provenance, streamed
-from longtail.training import refit as plain
+from longtail.training import inference, machine, provenance, streamed
 from longtail.workflow import files
 
 BATCH = 128  # images whose features are computed at a time
@@ -115,11 +116,25 @@ def refit(
 
     Raises ValueError for settings or images that do not fit.
     """
-    with reading(sets.load(data), inference.find_device()) as splits:
-        plain.of_folder(
-            fingerprint, splits, model=model, history=history, way=way, seed=seed, out=out, history_out=history_out,
-            load=load, known=_by_expert, **settings,
-        )  # fmt: skip
+    begun, device = perf_counter(), inference.find_device()
+    with reading(sets.load(data), device) as splits:
+        for which in files.read_json(Path(model) / "epochs.json"):
+            network = load(Path(model) / f"{which}.safetensors", device)
+            inference.set_up(seed)  # the same draws for each
+            known = {name: _by_expert(network, split) for name, split in splits.items() if name != "test"}
+            train, held_out = splits["train"], splits.get("held_out")
+            experts: Any = network.cpu().experts
+            for e, expert in enumerate(experts):
+                seen = None if held_out is None else (known["held_out"][e], held_out.labels.cpu())
+                with torch.enable_grad():
+                    of_train = ways.Known(known["train"][e], train.labels.cpu(), train.num_classes, seen)
+                    expert.head = ways.load(way)(expert.head, of_train, **settings)
+            network.settings["head"] = networks.kind_of(expert.head)
+            networks.save(network, Path(out) / f"{which}.safetensors")
+    files.write_bytes(Path(out) / "epochs.json", (Path(model) / "epochs.json").read_bytes())
+    files.write_bytes(history_out, Path(history).read_bytes())
+    provenance.write(out, [*provenance.read(model), provenance.record("refit", device, precision="fp32")])
+    machine.write(out, fingerprint, device, seconds=perf_counter() - begun)
 
 
 def _by_expert(network: networks.Network, split: batches.Split) -> list[Tensor]:

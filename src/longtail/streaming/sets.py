@@ -20,7 +20,6 @@ import numpy as np
 import PIL
 from tqdm import tqdm
 
-from longtail.data.large import broken as no_images
 from longtail.data.large import feed, places
 from longtail.data.large.index import SPLITS, locate
 from longtail.data.large.pixels import CHANNELS, QUALITY, Smaller, Square
@@ -32,6 +31,7 @@ from longtail.workflow.fingerprint import digest
 SHARD = 2048  # images
 PART = 64  # that a worker decodes at a time
 LOOKED, STORED = Path("runs/.looked"), Path("runs/.stored")
+NAMED = 10
 
 
 @dataclass(frozen=True)
@@ -87,18 +87,12 @@ def make(
     todo = [one for split in SPLITS for one in shards[split]]
     with alone(folder.with_suffix(".lock"), "looking at these images"):
         seen = _look(store, look, todo)
-        wrong = {place: why for path, part in todo for place, why in no_images.named(part, seen[path]).items()}
+        wrong = _checked(store, todo, seen, broken)
         kinds = Counter(kind for found in seen.values() for kind in found["kinds"].tolist())
         print("files: " + ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items())))
         made = _usable(arrays, {split: [seen[path] for path, _ in shards[split]] for split in SPLITS})
-        try:
-            if wrong:
-                no_images.say(store, wrong, broken, "what was looked at")
-            for split in SPLITS:
-                no_images.check_classes(split, made[f"{split}_labels"], len(arrays["class_names"]))
-        except ValueError:
-            _forget(seen)
-            raise
+        for split in SPLITS:
+            _check_classes(split, made[f"{split}_labels"], len(arrays["class_names"]), seen)
         report = {
             "index": about, "kinds": kinds, "left_out": wrong, "layout": layout, "stored": stored,
             "folder": _kept([path for path, _ in todo], seen) if stored else None,
@@ -107,6 +101,32 @@ def make(
         made["report"] = np.array(json.dumps(report, sort_keys=True))
         files.save_arrays(out, **made)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _checked(
+    store: Store,
+    todo: Sequence[tuple[Path, Sequence[Piece]]],
+    seen: Mapping[Path, Mapping[str, np.ndarray]],
+    broken: str,
+) -> dict[str, str]:
+    """Files that are no usable images, with their reasons, said aloud. Raises ValueError where they are refused."""
+    wrong = {
+        part[n].file + (f" at {part[n].offset}" if part[n].offset else ""): why
+        for path, part in todo
+        for n, why in zip(seen[path]["broken"].tolist(), seen[path]["why"].tolist(), strict=True)
+    }
+    if not wrong:
+        return wrong
+    said = "; ".join(f"{place} ({why})" for place, why in list(wrong.items())[:NAMED])
+    said += "; ..." if len(wrong) > NAMED else ""
+    if broken == "refuse":
+        _forget(seen)
+        raise ValueError(
+            f"{store.path}: {len(wrong):,} files are no usable images: {said}. Mend them and make the index "
+            "anew, or leave them out (broken: leave_out); what was looked at of others is kept"
+        )
+    print(f"left out, no usable images: {len(wrong):,}: {said}")
+    return wrong
 
 
 def _usable(
@@ -214,10 +234,11 @@ def _look(
 
 def _shard(path: Path, count: int, chunks: Iterator[feed.Chunk], *, images: bool) -> None:
     """Write what the next chunks say of `count` images, and the smaller images themselves where they are kept."""
-    noted, sizes, parts = no_images.Noted(), list[int](), list[bytes]()
-    while len(noted) < count:
+    kinds, broken, sizes, parts = list[str](), dict[int, str](), list[int](), list[bytes]()
+    while len(kinds) < count:
         chunk = next(chunks)
-        noted.add(chunk)
+        broken |= {len(kinds) + n: why for n, why in chunk.broken.items()}
+        kinds += chunk.kinds
         if images:
             sizes += chunk.sizes
             parts.append(chunk.values.numpy().tobytes())
@@ -226,7 +247,10 @@ def _shard(path: Path, count: int, chunks: Iterator[feed.Chunk], *, images: bool
         content = b"".join(parts)
         kept = {"sizes": np.array(sizes, np.int64), "sha256": np.array(hashlib.sha256(content).hexdigest())}
         files.write_bytes(path.with_suffix(".images"), content)
-    files.save_arrays(path.with_suffix(".npz"), **noted.arrays(), **kept)
+    files.save_arrays(
+        path.with_suffix(".npz"), kinds=np.array(kinds), broken=np.array([*broken], np.int64),
+        why=np.array([*broken.values()], str), **kept,
+    )  # fmt: skip
 
 
 def _forget(seen: Mapping[Path, Mapping[str, np.ndarray]]) -> None:
@@ -234,3 +258,10 @@ def _forget(seen: Mapping[Path, Mapping[str, np.ndarray]]) -> None:
     for path, found in seen.items():
         if len(found["broken"]):
             path.with_suffix(".npz").unlink()
+
+
+def _check_classes(split: str, labels: np.ndarray, classes: int, seen: Mapping[Path, Mapping[str, np.ndarray]]) -> None:
+    """Raise ValueError for a class of which broken files leave no image."""
+    if split != "held_out" and len(empty := np.flatnonzero(np.bincount(labels, minlength=classes) == 0)):
+        _forget(seen)
+        raise ValueError(f"{split}: of class {empty[0]} no image is left; there are {len(empty)} such classes")

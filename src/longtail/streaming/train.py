@@ -51,7 +51,7 @@ def train(
         network, loss, write = _build(splits["train"], cell["method"], method, recipe, backbone, seed, model, history)
         foreseen = announced(loss, splits["train"], recipe, seed)
         looks = {name: split for name, split in splits.items() if name != "test" or recipe["test_every"]}
-        plain.run(
+        finetuning.run(
             cell, fingerprint, network, foreseen, looks, recipe=recipe, method=method, device=device, model=model,
             write=write,
         )  # fmt: skip
@@ -100,7 +100,7 @@ def _build(
     """The network that is trained, its loss, and what writes it."""
     if backbone is None:
         network, loss = plain.build(train, name, method, **recipe)
-        return network, loss, lambda fitted: plain.write(fitted, Path(model), history)
+        return network, loss, lambda fitted: plain._write(fitted, Path(model), history)
     whole, loss = finetuning.build(train, name, method, backbone, recipe["network"], seed)
     trained = tuned.Trainable(whole, from_trunk=False)
     slower = finetuning.Slower(loss, trained.pretrained(), recipe["network"]["pretrained_lr"])

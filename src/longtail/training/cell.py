@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from longtail.training.checkpoints import Checkpoint
 from longtail.workflow import files, processes
 
 HISTORY = ["epoch", "lr", "loss", "train_accuracy", "held_out_accuracy", "test_accuracy"]
-NOT_OF_THE_ENGINE = ("network", "normalization", "window")  # of a recipe
 
 
 def train(
@@ -46,37 +45,7 @@ def train(
     splits = batches.splits(files.load_arrays(data), device)
     inference.set_up(seed)
     network, loss = build(splits["train"], cell["method"], method, **recipe)
-    run(
-        cell, fingerprint, network, loss, splits, recipe=recipe, method=method, device=device, model=model,
-        write=lambda fitted: write(fitted, Path(model), history),
-    )  # fmt: skip
-    processes.stop()
-
-
-def run(
-    cell: dict[str, str],
-    fingerprint: str,
-    network: networks.Network,
-    loss: losses.BaseLoss,
-    splits: Mapping[str, batches.Split],
-    *,
-    recipe: dict[str, Any],
-    method: dict[str, Any],
-    device: torch.device,
-    model: str,
-    write: Callable[[engine.Fitted], None],
-) -> None:
-    """Have the engine train a network, go on where a checkpoint says so, and `write` what comes of it.
-
-    The checkpoint stays: that DVC has the result is known where the next stage starts from it (`workflow.stage`).
-
-    Args:
-        splits: train, and held_out and test where they are to be looked at.
-        the others: as those of `train`.
-
-    Raises FloatingPointError, naming the cell, for a loss that is not finite.
-    """
-    settings = {key: value for key, value in recipe.items() if key not in NOT_OF_THE_ENGINE}
+    settings = {key: value for key, value in recipe.items() if key not in ("network", "normalization")}
     checkpoint = Checkpoint(Path("runs/.checkpoints") / f"{fingerprint}.pt", f"{fingerprint} torch {torch.__version__}")
     first = processes.rank() == 0
     with (
@@ -86,20 +55,22 @@ def run(
         try:
             fitted = engine.fit(
                 network, loss, splits["train"], splits.get("held_out"), splits.get("test"),
-                seed=int(cell["seed"]), checkpoint=checkpoint, on_epoch=on_epoch, **settings,
+                seed=seed, checkpoint=checkpoint, on_epoch=on_epoch, **settings,
             )  # fmt: skip
         except FloatingPointError as error:
             kept = f"; the checkpoint before it is {checkpoint.path}" if checkpoint.load() else ""
             raise FloatingPointError(f"{' '.join(cell.values())}: {error}{kept}") from error
         if first:
             precision = inference.precision_on(device, recipe["precision"])
-            write(fitted)
+            _write(fitted, Path(model), history)
             by = provenance.record("train", device, precision=precision, first_epoch=fitted.first_epoch)
             provenance.write(model, [by])
             machine.write(
                 model, fingerprint, device, seconds=fitted.seconds, precision=precision,
                 images_per_s=len(splits["train"]) * recipe["epochs"] / fitted.seconds,
             )  # fmt: skip
+            checkpoint.remove()
+    processes.stop()
 
 
 @contextmanager
@@ -134,23 +105,17 @@ def build(
     return made.to(train.labels.device, memory_format=torch.channels_last), loss  # type: ignore[call-overload]
 
 
-def write(fitted: engine.Fitted, folder: Path, history: str) -> None:
-    """The network after the last epoch, and the best one where there is a held-out set; and the history."""
-    for which in write_epochs(fitted, folder, history):
-        files.write_bytes(folder / f"{which}.safetensors", getattr(fitted, which))
-
-
-def write_epochs(fitted: engine.Fitted, folder: Path, history: str) -> dict[str, int]:
-    """Write the history and which epochs' networks are kept; these, by name."""
+def _write(fitted: engine.Fitted, folder: Path, history: str) -> None:
     epochs = {"last": len(fitted.history)}
+    files.write_bytes(folder / "last.safetensors", fitted.last)
     if fitted.best is not None and fitted.best_epoch is not None:
+        files.write_bytes(folder / "best.safetensors", fitted.best)
         epochs["best"] = fitted.best_epoch
     files.write_json(folder / "epochs.json", epochs)
     columns = dict.fromkeys(HISTORY)
     for row in fitted.history:  # gradient ratios, in the rows in which the recipe asks for them
         columns |= dict.fromkeys(row)
     files.write_csv(history, fitted.history, [*columns])
-    return epochs
 
 
 class Progress:

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from longtail.data.large import broken as no_images
 from longtail.data.large import feed
 from longtail.data.large.index import locate
 from longtail.data.large.pixels import Square
@@ -32,6 +31,7 @@ from longtail.workflow.fingerprint import digest
 SHARD = 2048  # images
 CHUNK = 64  # images that a worker decodes and the network sees at a time
 FOLDER = Path("runs/.features")
+NAMED = 10
 
 
 def extract(
@@ -76,18 +76,25 @@ def extract(
     ]
     with alone(shards.with_suffix(".lock"), "computing these features"):
         kinds, wrong, broken_shards = _computed(store, made, how, device, todo)
+        if wrong:
+            said = "; ".join(f"{place} ({why})" for place, why in list(wrong.items())[:NAMED])
+            said += "; ..." if len(wrong) > NAMED else ""
+            if broken == "refuse":
+                for path in broken_shards:  # a file that is mended may have the size that it had
+                    path.unlink()
+                raise ValueError(
+                    f"{store.path}: {len(wrong):,} files are no usable images: {said}. Mend them and make the index "
+                    "anew, or leave them out (broken: leave_out); what was computed of others is kept"
+                )
+            print(f"left out, no usable images: {len(wrong):,}: {said}")
+        print("files: " + ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items())))
+        report = {"kinds": kinds, "left_out": wrong, "index": about}
         try:
-            if wrong:
-                no_images.say(store, wrong, broken, "what was computed")
-            _write(
-                Path(out), arrays, made.facts, [path for path, _ in todo],
-                {"kinds": kinds, "left_out": wrong, "index": about},
-            )  # fmt: skip
-        except ValueError:  # refused, or a class has none left; a file that is mended may have the size that it had
+            _write(Path(out), arrays, made.facts, [path for path, _ in todo], report)
+        except ValueError:  # of a class nothing is left, say: these files may be mended now
             for path in broken_shards:
                 path.unlink()
             raise
-        print("files: " + ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items())))
         shutil.rmtree(shards, ignore_errors=True)
 
 
@@ -104,7 +111,8 @@ def _computed(
         for path, part in _compute(store, made, how, device, todo):
             shard = files.load_arrays(path)
             kinds.update(shard["kinds"].tolist())
-            wrong |= no_images.named(part, shard)
+            wrong |= {part[n].file + (f" at {part[n].offset}" if part[n].offset else ""): why
+                      for n, why in zip(shard["broken"].tolist(), shard["why"].tolist(), strict=True)}  # fmt: skip
             broken_shards += [path] if len(shard["broken"]) else []
             bar.update(len(part))
     return kinds, wrong, broken_shards
@@ -136,14 +144,18 @@ def _shard(
     path: Path, count: int, made: backbones.Backbone, device: torch.device, decoded: Iterator[feed.Chunk]
 ) -> None:
     """Compute and write the features (count, D) of the next chunks."""
-    values, noted = [], no_images.Noted()
-    while len(noted) < count:
+    values, kinds, broken = [], list[str](), dict[int, str]()
+    while len(kinds) < count:
         chunk = next(decoded)
         with torch.inference_mode():
             images = chunk.values.to(device)
             values.append(made.features(images).cpu().numpy())
-        noted.add(chunk)
-    files.save_arrays(path, features=np.concatenate(values), **noted.arrays())
+        broken |= {len(kinds) + n: why for n, why in chunk.broken.items()}
+        kinds += chunk.kinds
+    files.save_arrays(
+        path, features=np.concatenate(values), kinds=np.array(kinds), broken=np.array([*broken], np.int64),
+        why=np.array([*broken.values()], str),
+    )  # fmt: skip
 
 
 def _write(
@@ -167,7 +179,7 @@ def _write(
         for number, path in enumerate(mine):
             kept[number * SHARD + files.load_arrays(path, "broken")["broken"]] = False
         labels = arrays[f"{split}_labels"][kept]
-        no_images.check_classes(split, labels, len(arrays["class_names"]))
+        _check_classes(split, labels, len(arrays["class_names"]))
         small[f"{split}_labels"], small[f"{split}_rows"] = labels, np.flatnonzero(kept)
         images[f"{split}_images"] = (len(labels), 1, 1, width), _rows(mine)
     files.save_arrays_by_part(out, images, **small)
@@ -178,3 +190,9 @@ def _rows(shards: Sequence[Path]) -> Iterator[np.ndarray]:
     for path in shards:
         shard = files.load_arrays(path, "features", "broken")
         yield np.delete(shard["features"], shard["broken"], 0)
+
+
+def _check_classes(split: str, labels: np.ndarray, classes: int) -> None:
+    """Raise ValueError for a class of which broken files leave no image."""
+    if split != "held_out" and len(empty := np.flatnonzero(np.bincount(labels, minlength=classes) == 0)):
+        raise ValueError(f"{split}: of class {empty[0]} no image is left; there are {len(empty)} such classes")

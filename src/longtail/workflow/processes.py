@@ -17,15 +17,13 @@ from torch import Tensor, nn
 def launch() -> None:
     """Start this program again under torchrun when LONGTAIL_PROCESSES asks for more than one process.
 
-    LONGTAIL_TORCHRUN holds further flags of torchrun, for several machines: then one process on each may be meant.
-    Raises ValueError for no whole number >= 1.
+    LONGTAIL_TORCHRUN holds further flags of torchrun, for several machines. Raises ValueError for no whole number >= 1.
     """
-    asked, flags = os.environ.get("LONGTAIL_PROCESSES", "1"), os.environ.get("LONGTAIL_TORCHRUN")
+    asked, flags = os.environ.get("LONGTAIL_PROCESSES", "1"), os.environ.get("LONGTAIL_TORCHRUN", "--standalone")
     if not asked.isdecimal() or int(asked) < 1:
         raise ValueError(f"LONGTAIL_PROCESSES={asked}: must be a whole number, at least 1")
-    if (int(asked) > 1 or flags) and "TORCHELASTIC_RUN_ID" not in os.environ:
-        more = (flags or "--standalone").split()
-        torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={asked}", *more]
+    if int(asked) > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={asked}", *flags.split()]
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(asked))))
         os.execv(sys.executable, [*torchrun, *sys.argv])
 
@@ -104,26 +102,17 @@ def same_buffers(network: nn.Module) -> None:
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
-    """Batch norm over the joint batch; PyTorch's own is for GPUs only.
-
-    Mean and sum of squared deviations of each process's share are put together (Chan, Golub and LeVeque 1979, equation
-    2.1): E[x^2] - E[x]^2 would lose what a large mean leaves of float32, and fall below 0.
-    """
+    """Batch norm over the joint batch; PyTorch's own is for GPUs only."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to the same shape and type."""
         if not self.training or world() == 1:
             return super().forward(x)
         values, count = x.float(), torch.tensor(float(x.numel() // x.shape[1]), device=x.device)
-        counts_W1 = side_by_side(count)[:, None]
-        total = counts_W1.sum()
-        mean = values.mean((0, 2, 3))
-        off = (values - mean[:, None, None]).square().sum((0, 2, 3))
-        own = torch.zeros(world(), 1, 1, device=x.device).index_fill_(0, torch.tensor(rank(), device=x.device), 1.0)
-        parts = differentiable.all_reduce(own * torch.stack([mean, off]))  # type: ignore[no-untyped-call]
-        means_WC, off_WC = parts.unbind(1)
-        first = (counts_W1 * means_WC).sum(0) / total
-        variance = (off_WC + counts_W1 * (means_WC - first).square()).sum(0) / total
+        total = add_up(count.clone())
+        sums = torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))])
+        first, second = differentiable.all_reduce(sums).div(total).unbind()  # type: ignore[no-untyped-call]
+        variance = second - first.square()
         with torch.no_grad():
             assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
             assert self.num_batches_tracked is not None

@@ -14,7 +14,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, SimpleNamespace
@@ -26,8 +26,6 @@ from longtail.workflow.fingerprint import fingerprint
 
 WRITTEN = ("out", "model", "history", "history_out", "profile")  # flags of the scripts that name what they write
 ROOM = 16 * 2**20  # bytes
-CHECKPOINTS = Path("runs/.checkpoints")
-FINGERPRINT = re.compile(r"[0-9a-f]{16}")
 UNFINISHED = re.compile(r"\..+\.([a-z0-9_]{8}|partial)")  # what `files.write_bytes` and `save_arrays_by_part` begin
 
 
@@ -149,22 +147,6 @@ def resumed(checkpoint: Path) -> int | None:
         return None
 
 
-def over(deps: Iterable[str]) -> None:
-    """Drop what the trainings behind these dependencies kept in case their result was refused: DVC has it.
-
-    A training does not do so itself: after it, its code may turn out to have changed, or the disk to be full.
-    """
-    for dep in deps:
-        said = Path(dep).parent / "machine.json"  # written beside a training's folder of weights
-        name = ""
-        with suppress(OSError, ValueError, AttributeError):  # not there, or not ours: then there is nothing to tidy up
-            name = str(files.read_json(said).get("training"))
-        if FINGERPRINT.fullmatch(name):
-            shutil.rmtree(CHECKPOINTS / name, ignore_errors=True)  # of a chain
-            for file in (CHECKPOINTS / f"{name}.pt", *CHECKPOINTS.glob(f".{name}.pt.*")):
-                file.unlink(missing_ok=True)
-
-
 def own_device() -> None:
     """Give each of several processes of a cell a GPU of its own, where LONGTAIL_DEVICE says `cuda`.
 
@@ -263,10 +245,9 @@ def run(*flags: str) -> Iterator[tuple[SimpleNamespace, dict[str, Any]]]:
         args.stage = stage.name
         stage.check_code(code, checked)
         args.fingerprint, params = stage.facts(code)
-        if epoch := resumed(CHECKPOINTS / f"{args.fingerprint}.pt"):
+        if epoch := resumed(Path("runs/.checkpoints") / f"{args.fingerprint}.pt"):
             print(f"{stage.name.partition('@')[2]} goes on from epoch {epoch}", flush=True)
         sweep(getattr(args, flag) for flag in WRITTEN if hasattr(args, flag))
-        over(stage.deps)
         yield args, params
         if stage.facts(code)[0] != args.fingerprint:
             sys.exit(
