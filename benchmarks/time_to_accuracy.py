@@ -23,8 +23,8 @@ COLUMNS = ("dataset", "recipe", "method", "seed", "training", "epochs", "accurac
            "memory_mib", "device", "cpu", "threads")  # fmt: skip
 KEY = COLUMNS[:4]
 Row = dict[str, Any]
-PLANS = ("paper-cifar100", "paper-cifar100-ldam", "paper-cifar100-tails", "paper-cifar10", "posthoc", "posthoc-long",
-         "composing", "composing-long", "composing-more", "composing-recipes", "composed")  # fmt: skip
+PLANS = ("paper-cifar100", "paper-cifar100-ldam", "paper-cifar100-tails", "paper-cifar10", "posthoc", "posthoc-tails",
+         "posthoc-long", "composing", "composing-long", "composing-more", "composing-recipes", "composed")  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:
