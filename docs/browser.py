@@ -101,6 +101,7 @@ class Browser:
         if chromium := shutil.which("chromium"):
             options["binary"] = chromium
         capabilities = {
+            "timeouts": {"script": 1000 * PATIENCE_S},  # Chromium's own, half a minute, is short on a busy machine
             "goog:chromeOptions": options,
             "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
         }

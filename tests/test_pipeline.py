@@ -671,7 +671,7 @@ def test_a_plan_without_stages_is_named(monkeypatch):
 def test_the_command_names_what_there_is():
     with pytest.raises(ValueError, match=r"plan 'big' is not in params.yaml; there are quick, frozen-cifar100, "):
         cli.run("big", "*", 1)
-    with pytest.raises(ValueError, match=r"--only 'x' matches no cell; It is one of digits_if20-digits-ce-0,"):
+    with pytest.raises(ValueError, match=r"--only 'x' matches no cell; it is one of digits_if20-digits-ce-0,"):
         cli.run("quick", "x", 1)
 
 
