@@ -15,6 +15,15 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
+# Files of minutes come first: pytest-xdist begins with those of many tests, and the last worker ends alone.
+LONG = ("large_pipeline", "pipeline", "benchmarks", "adopt", "streaming", "verify", "incremental")
+
+
+def pytest_collection_modifyitems(items):
+    """The order of files, for workers that take a file at a time; within a file nothing moves."""
+    place = {f"test_{name}.py": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
+
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
